@@ -1,0 +1,257 @@
+"""Backward: the gradient of the map in three kernels, without atomics, so that repeats are bitwise equal.
+
+With g = dOut, `dy = γ W_vᵀ g`, `Δ_i = dy_i · y_i`, `P_ij = exp(u_i · x_j - lse_i)` and `dS_ij = P_ij (dy_i · x_j - Δ_i)`:
+keys and values are one tensor, so their gradients share one accumulator, `Σ_i dS_ij u_i + P_ij dy_i`; the folded query
+receives `du_i = Σ_j dS_ij x_j` and hands it on to x as `scale · W_qᵀ W_k du_i`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import BackwardConfigs, block_channels
+from .primitives import LOG2E, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+
+
+@triton.jit
+def prepare_backward_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    d_out_ptr, stride_gn, stride_gc, stride_gl,
+    w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, gamma_ptr,
+    y_ptr, u_ptr, d_y_ptr, stride_yn, stride_yc, stride_yl,
+    delta_ptr,
+    num_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes u, dy and Δ of BLOCK_M tokens of one map.
+
+    x_ptr, d_out_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); gamma_ptr (1) or None;
+    y_ptr, u_ptr, d_y_ptr (N, C, L), one set of strides; delta_ptr (N, L) fp32.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+
+    x_offsets = n * stride_xn + tile_offsets(offs_c, offs_m, stride_xc, stride_xl)
+    x = load_tile(x_ptr, x_offsets, offs_c, offs_m, C, num_tokens, True)
+    u = project_there_and_back(tl.trans(x), w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION)
+    store_tile(u_ptr, y_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
+
+    d_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
+        offs_o = start_o + tl.arange(0, BLOCK_D)
+        w_v = load_rows(w_v_ptr, offs_o, offs_c, C, C)
+        d_out_offsets = n * stride_gn + tile_offsets(offs_o, offs_m, stride_gc, stride_gl)
+        d_out = load_tile(d_out_ptr, d_out_offsets, offs_o, offs_m, C, num_tokens, True)
+        d_y = tl.dot(tl.trans(d_out), w_v, d_y, input_precision=INPUT_PRECISION)
+    if gamma_ptr is not None:
+        d_y *= tl.load(gamma_ptr).to(tl.float32)
+    d_y = tl.trans(d_y.to(x.dtype))
+    store_tile(d_y_ptr, y_offsets, d_y, offs_c, offs_m, C, num_tokens)
+
+    y = load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True)
+    delta = tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
+    tl.store(delta_ptr + n * num_tokens + offs_m, delta, mask=offs_m < num_tokens)
+
+
+@triton.jit
+def accumulate_key_value_gradient(
+    acc, x_n, u_ptr, d_y_ptr, lse_ptr, delta_ptr, offsets, offs_c, offs_m,
+    C: tl.constexpr, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what one tile of queries, behind u_ptr and d_y_ptr (BLOCK_C, BLOCK_M), gives the keys x_n (BLOCK_N, BLOCK_C)."""
+    u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_tokens, MASK_TOKENS)
+    d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_tokens, MASK_TOKENS)
+    if MASK_TOKENS:
+        # A query that does not exist has an infinite lse, so each of its weights is exp2(-inf) = 0.
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+    p = tl.exp2(tl.dot(x_n, u, input_precision=INPUT_PRECISION) * LOG2E - lse[None, :])
+    acc = tl.dot(p.to(x_n.dtype), tl.trans(d_y), acc, input_precision=INPUT_PRECISION)
+    d_s = p * (tl.dot(x_n, d_y, input_precision=INPUT_PRECISION) - delta[None, :])
+    return tl.dot(d_s.to(x_n.dtype), tl.trans(u), acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def key_value_gradient_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    u_ptr, d_y_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr, delta_ptr,
+    d_x_ptr, stride_dn, stride_dc, stride_dl,
+    num_tokens,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes the gradient that BLOCK_N tokens of one map receive as keys and as values.
+
+    x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2, delta_ptr (N, L); d_x_ptr (N, C, L).
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_N))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
+    x_n = tl.trans(load_tile(x_ptr + n * stride_xn, x_offsets, offs_c, offs_n, C, num_tokens, True))
+    u_ptr += n * stride_yn
+    d_y_ptr += n * stride_yn
+    lse_ptr += n * num_tokens
+    delta_ptr += n * num_tokens
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    full_tokens = num_tokens // BLOCK_M * BLOCK_M
+    for start_m in range(0, full_tokens, BLOCK_M):
+        step = tl.cast(start_m, tl.int64) * stride_yl
+        acc = accumulate_key_value_gradient(
+            acc, x_n, u_ptr + step, d_y_ptr + step, lse_ptr + start_m, delta_ptr + start_m, offsets, offs_c, offs_m,
+            C, BLOCK_M, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_tokens < num_tokens:
+        step = tl.cast(full_tokens, tl.int64) * stride_yl
+        acc = accumulate_key_value_gradient(
+            acc, x_n, u_ptr + step, d_y_ptr + step, lse_ptr + full_tokens, delta_ptr + full_tokens, offsets, offs_c, offs_m,
+            C, num_tokens - full_tokens, True, INPUT_PRECISION,
+        )  # fmt: skip
+    d_x_offsets = tile_offsets(offs_c, offs_n, stride_dc, stride_dl)
+    store_tile(d_x_ptr + n * stride_dn, d_x_offsets, tl.trans(acc), offs_c, offs_n, C, num_tokens)
+
+
+@triton.jit
+def accumulate_query_gradient(
+    acc, u, d_y, lse, delta, x_ptr, offsets, offs_c, offs_n,
+    C: tl.constexpr, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what one tile of keys behind x_ptr (BLOCK_C, BLOCK_N) gives the folded queries u (BLOCK_M, BLOCK_C)."""
+    x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_tokens, MASK_TOKENS)
+    p = tl.exp2(tl.dot(u, x, input_precision=INPUT_PRECISION) * LOG2E - lse[:, None])
+    d_s = p * (tl.dot(d_y, x, input_precision=INPUT_PRECISION) - delta[:, None])
+    if MASK_TOKENS:
+        # The weight of a key that does not exist is exp2(-lse), which may overflow: zero times it would be NaN.
+        d_s = tl.where((offs_n < num_tokens)[None, :], d_s, 0.0)
+    return tl.dot(d_s.to(x.dtype), tl.trans(x), acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def query_gradient_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    d_out_ptr, stride_gn, stride_gc, stride_gl,
+    u_ptr, d_y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr, delta_ptr, w_q_ptr, w_k_ptr,
+    d_x_ptr, stride_dn, stride_dc, stride_dl,
+    num_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes du of BLOCK_M tokens of one map and finishes their dx.
+
+    x_ptr, d_out_ptr (N, C, L); u_ptr, d_y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2,
+    delta_ptr (N, L); w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L) holds the gradient as keys and values, or is None where
+    only the weights want a gradient.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    u = tl.trans(load_tile(u_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    d_y = tl.trans(load_tile(d_y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
+    delta = tl.load(delta_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
+    x_ptr += n * stride_xn
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    full_tokens = num_tokens // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_tokens, BLOCK_N):
+        tile_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc = accumulate_query_gradient(acc, u, d_y, lse, delta, tile_ptr, offsets, offs_c, offs_n, C, BLOCK_N, False, INPUT_PRECISION)
+    if full_tokens < num_tokens:
+        tile_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        tokens_left = num_tokens - full_tokens
+        acc = accumulate_query_gradient(acc, u, d_y, lse, delta, tile_ptr, offsets, offs_c, offs_n, C, tokens_left, True, INPUT_PRECISION)
+
+    d_u = acc.to(u.dtype)
+    store_tile(d_u_ptr, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    if d_x_ptr is not None:
+        d_x = tl.trans(project_there_and_back(d_u, w_k_ptr, None, w_q_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION))
+        d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_m, stride_dc, stride_dl)
+        d_x += load_tile(d_x_ptr, d_x_offsets, offs_c, offs_m, C, num_tokens, True)
+        if RESIDUAL:
+            d_out_offsets = n * stride_gn + tile_offsets(offs_c, offs_m, stride_gc, stride_gl)
+            d_x += load_tile(d_out_ptr, d_out_offsets, offs_c, offs_m, C, num_tokens, True)
+        store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_m, C, num_tokens)
+
+
+def attention_backward(
+    x: torch.Tensor,
+    d_out: torch.Tensor,
+    w_q: torch.Tensor,
+    b_q: torch.Tensor | None,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    gamma: torch.Tensor | None,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    d_x: torch.Tensor | None,
+    *,
+    scale: float,
+    residual: bool,
+    configs: BackwardConfigs,
+) -> torch.Tensor:
+    """Fills `d_x` (N, C, L), unless it is None, and returns the folded query's gradient du (N, C, L).
+
+    x, d_out (N, C, L); `y` (N, C, L) and `lse` (N, L) as the forward pass left them; weights are contiguous.
+    """
+    num_maps, num_channels, num_tokens = x.shape
+    block_c = block_channels(num_channels)
+    u, d_y, d_u = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
+    delta = torch.empty_like(lse)
+
+    config = configs.prepare
+    prepare_backward_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+        x, *x.stride(),
+        d_out, *d_out.stride(),
+        w_q, b_q, w_k, w_v, gamma,
+        y, u, d_y, *y.stride(),
+        delta,
+        num_tokens, scale,
+        C=num_channels, D=w_q.shape[0],
+        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+    d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
+    if d_x is not None:
+        config = configs.key_value_gradient
+        key_value_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_n),)](
+            x, *x.stride(),
+            u, d_y, *y.stride(),
+            lse, delta,
+            d_x, *d_x_strides,
+            num_tokens,
+            C=num_channels,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c,
+            INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    config = configs.query_gradient
+    query_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+        x, *x.stride(),
+        d_out, *d_out.stride(),
+        u, d_y, d_u, *y.stride(),
+        lse, delta, w_q, w_k,
+        d_x, *d_x_strides,
+        num_tokens, scale,
+        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return d_u

@@ -1,0 +1,109 @@
+"""Forward: 1×1-convolution Q/K/V, softmax attention over all tokens, γ and the residual, in one kernel.
+
+Q, K and V never exist in memory. With the folded query `u = scale · W_kᵀ(W_q x + b_q)` the keys are x itself (the keys'
+bias only adds a constant to a row of logits, which softmax drops), and since the weights of a row sum to one the values
+are x itself as well: `out = x + γ (W_v y + b_v)` with `y = softmax(u xᵀ) x`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import LaunchConfig, block_channels
+from .primitives import LOG2E, attend_tile, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+
+
+@triton.jit
+def attention_forward_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
+    out_ptr, y_ptr, stride_on, stride_oc, stride_ol,
+    lse_ptr,
+    num_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes the output of BLOCK_M query tokens of one map.
+
+    x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
+    None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where nothing is kept for the backward pass;
+    lse_ptr (N, L) fp32, the base-2 log-sum-exp of the folded logits, or None together with y_ptr.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_ptr += n * stride_xn
+
+    query_offsets = tile_offsets(offs_c, offs_m, stride_xc, stride_xl)
+    x_m = load_tile(x_ptr, query_offsets, offs_c, offs_m, C, num_tokens, True)
+    u = project_there_and_back(tl.trans(x_m), w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION).to(x_m.dtype)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    key_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
+    full_tokens = num_tokens // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_tokens, BLOCK_N):
+        x = load_tile(x_ptr + tl.cast(start_n, tl.int64) * stride_xl, key_offsets, offs_c, offs_n, C, BLOCK_N, False)
+        acc, m_i, l_i = attend_tile(u, x, acc, m_i, l_i, offs_n, BLOCK_N, False, INPUT_PRECISION)
+    if full_tokens < num_tokens:
+        tokens_left = num_tokens - full_tokens
+        x = load_tile(x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl, key_offsets, offs_c, offs_n, C, tokens_left, True)
+        acc, m_i, l_i = attend_tile(u, x, acc, m_i, l_i, offs_n, tokens_left, True, INPUT_PRECISION)
+
+    y = (acc / l_i[:, None]).to(x_m.dtype)
+    out_ptr += n * stride_on
+    if y_ptr is not None:
+        out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
+        store_tile(y_ptr + n * stride_on, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
+        tl.store(lse_ptr + n * num_tokens + offs_m, m_i * LOG2E + tl.log2(l_i), mask=offs_m < num_tokens)
+
+    gamma = 1.0
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr).to(tl.float32)
+    for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
+        offs_o = start_o + tl.arange(0, BLOCK_D)
+        w_v = load_rows(w_v_ptr, offs_o, offs_c, C, C)
+        branch = tl.dot(w_v, tl.trans(y), input_precision=INPUT_PRECISION)
+        if b_v_ptr is not None:
+            branch += tl.load(b_v_ptr + offs_o, mask=offs_o < C, other=0.0).to(tl.float32)[:, None]
+        branch *= gamma
+        if RESIDUAL:
+            branch += load_tile(x_ptr, tile_offsets(offs_o, offs_m, stride_xc, stride_xl), offs_o, offs_m, C, num_tokens, True)
+        store_tile(out_ptr, tile_offsets(offs_o, offs_m, stride_oc, stride_ol), branch, offs_o, offs_m, C, num_tokens)
+
+
+def attention_forward(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    b_q: torch.Tensor | None,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    b_v: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    out: torch.Tensor,
+    y: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    *,
+    scale: float,
+    residual: bool,
+    config: LaunchConfig,
+) -> None:
+    """Fills `out` (N, C, L), and `y` (N, C, L) and `lse` (N, L) where given, from `x` (N, C, L).
+
+    Weights are contiguous, `out` and `y` share their strides; everything lies on one device.
+    """
+    num_maps, num_channels, num_tokens = x.shape
+    grid = (num_maps * triton.cdiv(num_tokens, config.block_m),)
+    attention_forward_kernel[grid](
+        x, *x.stride(),
+        w_q, b_q, w_k, w_v, b_v, gamma,
+        out, y, *out.stride(),
+        lse,
+        num_tokens, scale,
+        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_channels(num_channels), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Device helpers shared by the kernels: tiles in, tiles out, and the two small steps of mathematics they all take.
+
+Every tensor a kernel reads is a stack of maps `(N, C, L)` with free strides. A tile of it is held as `(BLOCK_C, BLOCK_L)`:
+channels down, tokens across, the way NCHW lies in memory.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def locate(tiles_per_map):
+    """Which map and which tile of it this program works on: `(n, tile)`, n as int64 so that `n * stride` cannot wrap."""
+    pid = tl.program_id(0)
+    return (pid // tiles_per_map).to(tl.int64), pid % tiles_per_map
+
+
+@triton.jit
+def tile_offsets(offs_c, offs_l, stride_c, stride_l):
+    """Element offsets of a tile `(BLOCK_C, BLOCK_L)`, in int64: an index times a stride leaves int32 on large maps."""
+    return offs_c.to(tl.int64)[:, None] * stride_c + offs_l.to(tl.int64)[None, :] * stride_l
+
+
+@triton.jit
+def load_tile(ptr, offsets, offs_c, offs_l, num_channels: tl.constexpr, num_tokens, MASK_TOKENS: tl.constexpr):
+    """A tile `(BLOCK_C, BLOCK_L)`, zero outside `num_channels` and, with MASK_TOKENS, outside `num_tokens`."""
+    if MASK_TOKENS:
+        inside = (offs_c < num_channels)[:, None] & (offs_l < num_tokens)[None, :]
+        return tl.load(ptr + offsets, mask=inside, other=0.0)
+    if offs_c.shape[0] != num_channels:
+        return tl.load(ptr + offsets, mask=(offs_c < num_channels)[:, None], other=0.0)
+    return tl.load(ptr + offsets)
+
+
+@triton.jit
+def store_tile(ptr, offsets, tile, offs_c, offs_l, num_channels: tl.constexpr, num_tokens):
+    """Writes a tile `(BLOCK_C, BLOCK_L)`, leaving out what lies beyond `num_channels` and `num_tokens`."""
+    inside = (offs_c < num_channels)[:, None] & (offs_l < num_tokens)[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_rows(w_ptr, offs_rows, offs_cols, num_rows: tl.constexpr, num_cols: tl.constexpr):
+    """Rows `(BLOCK_ROWS, BLOCK_COLS)` of a contiguous matrix `(num_rows, num_cols)`, zero outside of it."""
+    inside = (offs_rows < num_rows)[:, None] & (offs_cols < num_cols)[None, :]
+    return tl.load(w_ptr + offs_rows[:, None] * num_cols + offs_cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def project_there_and_back(
+    tile, w_in_ptr, b_in_ptr, w_out_ptr, scale, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr
+):
+    """`scale · W_outᵀ (W_in t + b_in)` for each token t of `tile` (BLOCK_L, BLOCK_C), in fp32.
+
+    w_in_ptr (D, C), b_in_ptr (D) or None, w_out_ptr (D, C). D is walked BLOCK_D rows at a time, so neither a weight nor
+    the D-wide projection is ever whole. Forward it folds the keys' weight into the query, backward it takes that back.
+    """
+    offs_c = tl.arange(0, tile.shape[1])
+    acc = tl.zeros((tile.shape[0], tile.shape[1]), tl.float32)
+    for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        w_in = load_rows(w_in_ptr, offs_d, offs_c, D, C)
+        projected = tl.dot(tile, tl.trans(w_in), input_precision=INPUT_PRECISION)
+        if b_in_ptr is not None:
+            projected += tl.load(b_in_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
+        w_out = load_rows(w_out_ptr, offs_d, offs_c, D, C)
+        acc = tl.dot((projected * scale).to(tile.dtype), w_out, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def attend_tile(u, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """One step of online softmax: queries u (BLOCK_M, BLOCK_C) meet one tile x (BLOCK_C, BLOCK_N), keys and values both.
+
+    acc (BLOCK_M, BLOCK_C) is the running weighted sum, m_i (BLOCK_M) the running maximum, l_i (BLOCK_M) the running sum.
+    """
+    logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
+    if MASK_TOKENS:
+        logits = tl.where((offs_n < num_tokens)[None, :], logits, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    p = tl.exp2(logits * LOG2E - (m_new * LOG2E)[:, None])
+    alpha = tl.exp2((m_i - m_new) * LOG2E)
+    acc = tl.dot(p.to(x.dtype), tl.trans(x), acc * alpha[:, None], input_precision=INPUT_PRECISION)
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)

@@ -1,0 +1,16 @@
+"""What is installed: `visattn` and, from `kernels/`, `visattn.kernels`. The top-level name `kernels` is not ours and stays free."""
+
+from setuptools import setup
+
+TRAIN = ["torchvision", "scikit-learn", "matplotlib", "rich", "safetensors"]
+DEV = ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy"]
+
+setup(
+    packages=["visattn", "visattn.kernels", "visattn.models"],
+    package_dir={"visattn": "visattn", "visattn.kernels": "kernels"},
+    package_data={"visattn": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={"train": TRAIN, "dev": DEV},
+    entry_points={"console_scripts": ["visattn = visattn.cli:main"]},
+)

@@ -1,0 +1,8 @@
+"""Self-attention for feature maps: a drop-in layer on fused Triton kernels, with a PyTorch path for every other machine."""
+
+from . import functional, reference
+from .dispatch import use_backend
+from .modules import Attention, attention_rows, explain
+
+__version__ = "0.1.0"
+__all__ = ["Attention", "attention_rows", "explain", "functional", "reference", "use_backend"]

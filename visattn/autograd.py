@@ -1,0 +1,116 @@
+"""The layer as a differentiable function, for eager calls: one forward, one backward, one backward of the backward.
+
+Both backends have the same two functions, `forward` and `backward`; what follows from their results (gradients of weights,
+second derivatives) is computed here once for both. ops.py wires the same steps into torch.library.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import torch_backend
+from .folding import Weights, weight_gradients
+from .second_order import backward_of_backward
+
+
+class Settings(NamedTuple):
+    """What a call is told besides tensors. `backend` is "triton" or "torch"."""
+
+    scale: float
+    residual: bool
+    backend: str
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module behind a backend's name; Triton is imported when it is first needed."""
+    if backend == "torch":
+        return torch_backend
+    from . import triton_backend
+
+    return triton_backend
+
+
+def compute_forward(x: Tensor, weights: Weights, settings: Settings, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not."""
+    with _without_autocast(x):
+        return implementation(settings.backend).forward(x, weights, settings.scale, settings.residual, save)
+
+
+def compute_backward(
+    d_out: Tensor, x: Tensor, weights: Weights, y: Tensor, lse: Tensor | None, settings: Settings, need_x: bool, need_weights: bool
+) -> tuple[Tensor | None, Weights]:
+    """The gradients of x and of every weight, None where not needed."""
+    with _without_autocast(x):
+        d_x, moments = implementation(settings.backend).backward(
+            x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights
+        )
+        if moments is None:
+            return d_x, Weights(*[None] * len(weights))  # type: ignore[arg-type]
+        return d_x, weight_gradients(weights, moments, settings.scale)
+
+
+class SelfAttention(torch.autograd.Function):
+    """(x, b_k, *weights, settings) → (out, y, lse). b_k is taken along for its gradient, which is exactly zero."""
+
+    @staticmethod
+    def forward(x: Tensor, b_k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        *weights, settings = rest
+        return compute_forward(x, Weights(*weights), settings, save=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, b_k, *weights, settings = inputs
+        _, y, lse = output
+        ctx.mark_non_differentiable(*(t for t in (y, lse) if t is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, b_k, *weights, y, lse)
+        ctx.settings = settings
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple:
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, b_k, *weights, y, lse = ctx.saved_tensors
+        need_x, need_b_k, *need_weights, _ = ctx.needs_input_grad
+        gradients = SelfAttentionBackward.apply(d_out, x, *weights, y, lse, ctx.settings, need_x, any(need_weights))
+        d_b_k = torch.zeros_like(b_k) if need_b_k else None
+        return gradients[0], d_b_k, *gradients[1:], None
+
+
+class SelfAttentionBackward(torch.autograd.Function):
+    """(d_out, x, *weights, y, lse, settings, need_x, need_weights) → (d_x, *d_weights), itself differentiable once."""
+
+    @staticmethod
+    def forward(d_out: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        *weights, y, lse, settings, need_x, need_weights = rest
+        d_x, d_weights = compute_backward(d_out, x, Weights(*weights), y, lse, settings, need_x, need_weights)
+        return d_x, *d_weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        d_out, x, *weights, _y, _lse, settings, _need_x, _need_weights = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_out, x, *weights)
+        ctx.settings = settings
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v_x: Tensor | None, *v_weights: Tensor | None) -> tuple:
+        d_out, x, *weights = ctx.saved_tensors
+        settings = ctx.settings
+        with _without_autocast(x):
+            phi_d_out, phi_x, phi_weights = backward_of_backward(
+                d_out, x, Weights(*weights), v_x, Weights(*v_weights), settings.scale, settings.residual
+            )
+        # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
+        return phi_d_out, phi_x, *phi_weights, None, None, None, None, None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """The operands already have the dtype they are to be computed in; autocast inside would round fp32 sums."""
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

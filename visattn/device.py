@@ -1,0 +1,66 @@
+"""The only file that asks about the device and about Triton. Nothing is asked at import."""
+
+import functools
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .kernels import Target
+
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_is_interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before visattn is first used)."""
+    if not triton_is_installed():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def compute_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def float32_precision_is_highest() -> bool:
+    """PyTorch's own switch for fp32 matrix products on CUDA: False where it permits TF32."""
+    return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def kernel_target(device: torch.device) -> "Target":
+    """What the kernels' launch configuration depends on, for this device and PyTorch's present fp32 switch."""
+    if device.type != "cuda":
+        return _interpreter_target()
+    return _cuda_target(device.index, float32_precision_is_highest())
+
+
+@functools.cache
+def _interpreter_target() -> "Target":
+    from .kernels import Target
+
+    return Target(shared_memory=64 * 1024, fp32_precision="ieee")
+
+
+@functools.cache
+def _cuda_target(index: int, highest: bool) -> "Target":
+    from .kernels import Target
+
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Target(properties.shared_memory_per_block, "ieee")  # fp32 has matrix instructions of its own there
+    return Target(properties.shared_memory_per_block_optin, "tf32x3" if highest else "tf32")
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes x's device current, since kernels start on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,112 @@
+"""Which backend runs: asked for by an argument, by `use_backend`, by VISATTN_BACKEND, or else chosen."""
+
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from . import device, validation
+
+BACKENDS = ("auto", "triton", "torch")
+MAX_CHANNELS = 256  # beyond, one query tile's accumulator no longer fits into registers beside its operands
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+logger = logging.getLogger("visattn")
+_requested: ContextVar[str | None] = ContextVar("visattn_backend", default=None)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the block, every call runs on `backend`: "triton" or "torch" or raises, "auto" chooses.
+
+    Raises:
+        ValueError: the name is not one of the three.
+    """
+    validation.check_backend(backend, BACKENDS, "use_backend")
+    token = _requested.set(backend)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend(backend: str | None) -> str:
+    """The argument if given, else `use_backend`'s, else VISATTN_BACKEND's, else "auto"."""
+    if backend is not None:
+        validation.check_backend(backend, BACKENDS, "backend")
+        return backend
+    in_context = _requested.get()
+    if in_context is not None:
+        return in_context
+    in_environment = os.environ.get("VISATTN_BACKEND", "auto")
+    validation.check_backend(in_environment, BACKENDS, "VISATTN_BACKEND")
+    return in_environment
+
+
+def unsupported_reasons(x: Tensor, qk_channels: int) -> list[str]:
+    """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can."""
+    reasons = []
+    interpreting = device.triton_is_interpreting()
+    if not device.triton_is_installed():
+        reasons.append("the package triton is not installed")
+    if x.dtype not in KERNEL_DTYPES:
+        reasons.append(f"the kernels compute in float16, bfloat16 and float32, x is {_name(x.dtype)}")
+    if interpreting and x.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter computes bfloat16 dots wrongly")
+    if max(x.shape[1], qk_channels) > MAX_CHANNELS:
+        reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {x.shape[1]} and the queries have {qk_channels}")
+    if x.device.type == "cuda":
+        capability = device.compute_capability(x.device.index)
+        if capability < device.MIN_COMPUTE_CAPABILITY:
+            reasons.append(f"the kernels need compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}")
+    elif not (x.device.type == "cpu" and interpreting):
+        reasons.append(f"the kernels need a CUDA or ROCm device, x is on {x.device}")
+    return reasons
+
+
+def select_backend(x: Tensor, qk_channels: int, backend: str | None) -> str:
+    """ "triton" or "torch".
+
+    Raises:
+        RuntimeError: "triton" was asked for and cannot run; the message holds all the reasons.
+    """
+    requested = requested_backend(backend)
+    if requested == "torch":
+        return "torch"
+    reasons = unsupported_reasons(x, qk_channels)
+    if not reasons:
+        return "triton"
+    if requested == "triton":
+        raise RuntimeError(f"backend 'triton' cannot run: {'; '.join(reasons)}. Use backend 'torch' or 'auto'.")
+    if not torch.compiler.is_compiling():
+        _log_once("; ".join(reasons))
+    return "torch"
+
+
+def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None) -> str:
+    """Which backend a call with x would run on, and why not the other, in sentences."""
+    requested = requested_backend(backend)
+    reasons = unsupported_reasons(x, qk_channels)
+    problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"
+    if requested == "triton" and reasons:
+        return f"{problem}: would raise, backend 'triton' was asked for and cannot run: {'; '.join(reasons)}."
+    if requested == "torch":
+        possible = "could run as well" if not reasons else f"could not run: {'; '.join(reasons)}"
+        return f"{problem}: runs on the PyTorch path, because backend 'torch' was asked for; the Triton kernels {possible}."
+    if reasons:
+        return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}."
+    return f"{problem}: runs on the Triton kernels{', in the interpreter' if device.triton_is_interpreting() else ''}."
+
+
+@functools.cache
+def _log_once(reasons: str) -> None:
+    logger.info("running on the PyTorch path: %s", reasons)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

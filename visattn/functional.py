@@ -1,0 +1,121 @@
+"""The layer as a function: validate, select a backend, run."""
+
+import torch
+from torch import Tensor
+
+from . import autograd, dispatch, validation
+from .folding import Weights
+
+
+def self_attention_2d(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    *,
+    gamma: Tensor | None = None,
+    scale: float | None = None,
+    residual: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`x + γ · softmax(scale · q kᵀ) v` over the H·W pixels of a feature map, q, k, v being 1×1 convolutions of x.
+
+    Source of the formula: `X + softmax(X W_Q (X W_K)ᵀ / √C) X W_V` (Vaswani et al. 2017, on feature maps Zhang et al. 2018).
+    Memory is linear in H·W, forward, backward and for second derivatives.
+
+    Args:
+        x: the map (N, C, H, W), any strides; float16, bfloat16, float32 or float64. N may be 0.
+        w_q, w_k: (D, C) or (D, C, 1, 1), for any D of at least 1.
+        w_v: (C, C) or (C, C, 1, 1).
+        b_q, b_k, b_v: (D), (D), (C) or None. b_k never changes the result: softmax drops it.
+        gamma: one element that multiplies the branch, or None.
+        scale: factor of the logits; None means 1/√D.
+        residual: whether x is added.
+        backend: "auto", "triton" or "torch"; None asks `use_backend`, then VISATTN_BACKEND, then means "auto".
+
+    Returns:
+        (N, C, H, W) in x's dtype, channels_last if x is, contiguous otherwise. Under autocast the branch is computed in
+        the autocast dtype and the sum has the wider dtype of x and branch, as with PyTorch's own operators.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit together; nothing has been computed.
+        RuntimeError: an explicitly named backend cannot run; the message holds every reason.
+    """
+    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale)
+    qk_channels = w_q.shape[0]
+    settings_scale = qk_channels**-0.5 if scale is None else float(scale)
+
+    dtype = _compute_dtype(x)
+    add_afterwards = residual and dtype != x.dtype  # autocast must not round the map that is only passed through
+    operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
+    narrow_x = operands[0]
+    assert narrow_x is not None
+    settings = autograd.Settings(
+        settings_scale, residual and not add_afterwards, dispatch.select_backend(narrow_x, qk_channels, backend)
+    )
+    out = _run(settings, *operands)  # type: ignore[arg-type]
+    return x + out if add_afterwards else out
+
+
+def _run(
+    settings: autograd.Settings,
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+    gamma: Tensor | None,
+) -> Tensor:
+    """Runs eagerly, with or without a graph, or as an op where a compiler is looking."""
+    weights = Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_k, *weights))
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.self_attention_2d(x, b_k, *weights, *settings, differentiable)[0]
+    if differentiable:
+        return autograd.SelfAttention.apply(x, b_k, *weights, settings)[0]
+    return autograd.compute_forward(x, weights, settings, save=False)[0]
+
+
+def attention_rows(
+    x: Tensor, w_q: Tensor, w_k: Tensor, pixels: Tensor, b_q: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
+    """The attention maps of chosen pixels: row `softmax(scale · q_i kᵀ)` of the attention matrix for each of them.
+
+    Args:
+        x: the map (N, C, H, W).
+        w_q, w_k: (D, C) or (D, C, 1, 1); b_q: (D) or None. A keys' bias would not change the rows.
+        pixels: integer (P, 2), pairs (row, column).
+        scale: factor of the logits; None means 1/√D.
+
+    Returns:
+        (N, P, H, W) in x's dtype; each map is non-negative and sums to one. Memory is N·P·H·W.
+
+    Raises:
+        TypeError, ValueError: x or pixels are not as above.
+    """
+    validation.check_map(x)
+    height, width = x.shape[2:]
+    validation.check_pixels(pixels, height, width)
+    factor = w_q.shape[0] ** -0.5 if scale is None else scale
+    tokens = x.flatten(2)
+    chosen = tokens[:, :, pixels[:, 0] * width + pixels[:, 1]]
+    q = w_q.flatten(1) @ chosen
+    if b_q is not None:
+        q = q + b_q[:, None]
+    u = factor * (w_k.flatten(1).mT @ q)
+    return torch.softmax(u.mT @ tokens, -1).unflatten(2, (height, width))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """x's dtype, or the autocast dtype where autocast would convert x; it never converts float64."""
+    device_type = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype

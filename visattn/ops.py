@@ -1,0 +1,159 @@
+"""The same steps as autograd.py as torch.library ops, for torch.compile and torch.export, which cannot look into a launch.
+
+`visattn::self_attention_2d` → `visattn::self_attention_2d_backward` → `visattn::self_attention_2d_backward_backward`; each is
+the other's derivative. An op returns tensors only, so what is not needed is an empty tensor here where eager has None.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .folding import Weights
+from .layout import empty_map_like
+from .second_order import backward_of_backward
+
+
+@torch.library.custom_op("visattn::self_attention_2d", mutates_args=())
+def self_attention_2d(
+    x: Tensor,
+    b_k: Tensor | None,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    gamma: Tensor | None,
+    scale: float,
+    residual: bool,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save`, lse also on the PyTorch path."""
+    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+    out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, backend), save)
+    return out, _present(_in_layout_of(y, x), x), _present(lse, x, torch.float32)
+
+
+@self_attention_2d.register_fake
+def _(x, b_k, w_q, b_q, w_k, w_v, b_v, gamma, scale, residual, backend, save):  # type: ignore[no-untyped-def]
+    y = empty_map_like(x).flatten(2) if save else None
+    lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save and backend == "triton" else None
+    return empty_map_like(x), _present(y, x), _present(lse, x, torch.float32)
+
+
+@torch.library.custom_op("visattn::self_attention_2d_backward", mutates_args=())
+def self_attention_2d_backward(
+    d_out: Tensor,
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    gamma: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    scale: float,
+    residual: bool,
+    backend: str,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(d_x, d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
+    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+    settings = autograd.Settings(scale, residual, backend)
+    saved_lse = lse if backend == "triton" else None
+    d_x, d_weights = autograd.compute_backward(d_out, x, weights, y, saved_lse, settings, need_x, need_weights)
+    return _present(d_x, x), *(_present(d, x) for d in d_weights)  # type: ignore[return-value]
+
+
+@self_attention_2d_backward.register_fake
+def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, backend, need_x, need_weights):  # type: ignore[no-untyped-def]
+    weights = (w_q, b_q, w_k, w_v, b_v, gamma)
+    return _present(empty_map_like(x) if need_x else None, x), *(
+        _present(w.new_empty(w.shape) if need_weights and w is not None else None, x) for w in weights
+    )
+
+
+@torch.library.custom_op("visattn::self_attention_2d_backward_backward", mutates_args=())
+def self_attention_2d_backward_backward(
+    d_out: Tensor,
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_v: Tensor | None,
+    gamma: Tensor | None,
+    v_x: Tensor | None,
+    v_w_q: Tensor | None,
+    v_b_q: Tensor | None,
+    v_w_k: Tensor | None,
+    v_w_v: Tensor | None,
+    v_b_v: Tensor | None,
+    v_gamma: Tensor | None,
+    scale: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of d_out, x and each weight, empty where there is no such weight."""
+    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+    v_weights = Weights(v_w_q, v_b_q, v_w_k, v_w_v, v_b_v, v_gamma)  # type: ignore[arg-type]
+    phi_d_out, phi_x, phi_weights = backward_of_backward(d_out, x, weights, v_x, v_weights, scale, residual)
+    return phi_d_out, phi_x, *(_present(phi, x) for phi in phi_weights)  # type: ignore[return-value]
+
+
+@self_attention_2d_backward_backward.register_fake
+def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, v_x, v_w_q, v_b_q, v_w_k, v_w_v, v_b_v, v_gamma, scale, residual):  # type: ignore[no-untyped-def]
+    weights = (w_q, b_q, w_k, w_v, b_v, gamma)
+    return d_out.new_empty(d_out.shape), x.new_empty(x.shape), *(_present(None if w is None else w.new_empty(w.shape), x) for w in weights)
+
+
+def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, b_k, *weights, scale, residual, backend, _save = inputs
+    _, y, lse = output
+    ctx.mark_non_differentiable(y, lse)
+    ctx.save_for_backward(x, b_k, *weights, y, lse)
+    ctx.settings = (scale, residual, backend)
+
+
+def _differentiate_forward(ctx: Any, d_out: Tensor, _d_y: Tensor, _d_lse: Tensor) -> tuple:
+    x, b_k, *weights, y, lse = ctx.saved_tensors
+    need_x, need_b_k, *need_weights = ctx.needs_input_grad[: 2 + len(weights)]
+    d_x, *d_weights = self_attention_2d_backward(d_out, x, *weights, y, lse, *ctx.settings, need_x, any(need_weights))
+    return (
+        d_x if need_x else None,
+        torch.zeros_like(b_k) if need_b_k else None,
+        *(d if need else None for d, need in zip(d_weights, need_weights, strict=True)),
+        *(None,) * 4,
+    )
+
+
+def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    d_out, x, *weights, _y, _lse, scale, residual, _backend, need_x, need_weights = inputs
+    ctx.save_for_backward(d_out, x, *weights)
+    ctx.scalars = (scale, residual)
+    ctx.need_x, ctx.need_weights = need_x, need_weights
+
+
+def _differentiate_backward(ctx: Any, v_x: Tensor, *v_weights: Tensor) -> tuple:
+    d_out, x, *weights = ctx.saved_tensors
+    cotangents = [v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True)]
+    gradients = self_attention_2d_backward_backward(d_out, x, *weights, v_x if ctx.need_x else None, *cotangents, *ctx.scalars)
+    phi_d_out, phi_x, *phi_weights = gradients
+    return phi_d_out, phi_x, *(p if w is not None else None for p, w in zip(phi_weights, weights, strict=True)), *(None,) * 7
+
+
+self_attention_2d.register_autograd(_differentiate_forward, setup_context=_setup_forward)
+self_attention_2d_backward.register_autograd(_differentiate_backward, setup_context=_setup_backward)
+
+
+def _present(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An op cannot return None: an empty tensor stands for it."""
+    return x.new_empty((0,), dtype=dtype) if tensor is None else tensor
+
+
+def _in_layout_of(y: Tensor | None, x: Tensor) -> Tensor | None:
+    """y with the strides that the fake op promises."""
+    return None if y is None else empty_map_like(x).flatten(2).copy_(y)
