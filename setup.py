@@ -1,11 +1,19 @@
 """What is installed: `visattn` and, from `kernels/`, `visattn.kernels`. The top-level name `kernels` is not ours and stays free."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 TRAIN = ["torchvision", "scikit-learn", "matplotlib", "rich", "safetensors"]
 DEV = ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy"]
 
 setup(
+    name="visattn",
+    version="0.1.0",
+    description="Self-attention for feature maps on fused Triton kernels: a drop-in layer",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
     packages=["visattn", "visattn.kernels", "visattn.models"],
     package_dir={"visattn": "visattn", "visattn.kernels": "kernels"},
     package_data={"visattn": ["py.typed"]},

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import BackwardConfigs, block_channels
-from .primitives import LOG2E, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+from .primitives import LOG2E, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
 
 
 @triton.jit
@@ -59,23 +59,38 @@ def prepare_backward_kernel(
 
 @triton.jit
 def accumulate_key_value_gradient(
-    acc, x_n, u_ptr, d_y_ptr, lse_ptr, delta_ptr, offsets, offs_c, offs_m,
-    C: tl.constexpr, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys,
+    u_ptr, d_y_ptr, stride_yc, stride_yl, lse_ptr, delta_ptr, offs_c, offs_m, num_queries,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one tile of queries, behind u_ptr and d_y_ptr (BLOCK_C, BLOCK_M), gives the keys x_n (BLOCK_N, BLOCK_C)."""
-    u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_tokens, MASK_TOKENS)
-    d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_tokens, MASK_TOKENS)
+    """Adds to acc (BLOCK_N, BLOCK_C) what one tile of queries, u_ptr and d_y_ptr (C, BLOCK_M), gives a tile of keys.
+
+    The keys are x_n (BLOCK_N, BLOCK_C), or, where that is too wide to keep, lie behind x_ptr (C, num_keys).
+    """
+    offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
+    d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
     if MASK_TOKENS:
         # A query that does not exist has an infinite lse, so each of its weights is exp2(-inf) = 0.
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_tokens, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_tokens, other=0.0)
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_queries, other=0.0)
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    p = tl.exp2(tl.dot(x_n, u, input_precision=INPUT_PRECISION) * LOG2E - lse[None, :])
-    acc = tl.dot(p.to(x_n.dtype), tl.trans(d_y), acc, input_precision=INPUT_PRECISION)
-    d_s = p * (tl.dot(x_n, d_y, input_precision=INPUT_PRECISION) - delta[None, :])
-    return tl.dot(d_s.to(x_n.dtype), tl.trans(u), acc, input_precision=INPUT_PRECISION)
+    if BLOCK_K < offs_c.shape[0]:
+        logits = dot_over_channels(
+            x_ptr, stride_xc, stride_xl, offs_n, num_keys, u_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
+        )
+        d_p = dot_over_channels(
+            x_ptr, stride_xc, stride_xl, offs_n, num_keys, d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
+        )
+    else:
+        logits = tl.dot(x_n, u, input_precision=INPUT_PRECISION)
+        d_p = tl.dot(x_n, d_y, input_precision=INPUT_PRECISION)
+    p = tl.exp2(logits * LOG2E - lse[None, :])
+    d_s = p * (d_p - delta[None, :])
+    acc = tl.dot(p.to(u.dtype), tl.trans(d_y), acc, input_precision=INPUT_PRECISION)
+    return tl.dot(d_s.to(u.dtype), tl.trans(u), acc, input_precision=INPUT_PRECISION)
 
 
 @triton.jit
@@ -86,7 +101,7 @@ def key_value_gradient_kernel(
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_tokens,
     C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes the gradient that BLOCK_N tokens of one map receive as keys and as values.
@@ -96,28 +111,30 @@ def key_value_gradient_kernel(
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_N))
     offs_c = tl.arange(0, BLOCK_C)
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_ptr += n * stride_xn
     x_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
-    x_n = tl.trans(load_tile(x_ptr + n * stride_xn, x_offsets, offs_c, offs_n, C, num_tokens, True))
+    x_n = tl.trans(load_tile(x_ptr, x_offsets, offs_c, offs_n, C, num_tokens, True))
     u_ptr += n * stride_yn
     d_y_ptr += n * stride_yn
     lse_ptr += n * num_tokens
     delta_ptr += n * num_tokens
 
     offs_m = tl.arange(0, BLOCK_M)
-    offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     full_tokens = num_tokens // BLOCK_M * BLOCK_M
     for start_m in range(0, full_tokens, BLOCK_M):
         step = tl.cast(start_m, tl.int64) * stride_yl
         acc = accumulate_key_value_gradient(
-            acc, x_n, u_ptr + step, d_y_ptr + step, lse_ptr + start_m, delta_ptr + start_m, offsets, offs_c, offs_m,
-            C, BLOCK_M, False, INPUT_PRECISION,
+            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
+            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + start_m, delta_ptr + start_m, offs_c, offs_m, BLOCK_M,
+            C, BLOCK_K, False, INPUT_PRECISION,
         )  # fmt: skip
     if full_tokens < num_tokens:
         step = tl.cast(full_tokens, tl.int64) * stride_yl
         acc = accumulate_key_value_gradient(
-            acc, x_n, u_ptr + step, d_y_ptr + step, lse_ptr + full_tokens, delta_ptr + full_tokens, offsets, offs_c, offs_m,
-            C, num_tokens - full_tokens, True, INPUT_PRECISION,
+            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
+            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
+            num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
     d_x_offsets = tile_offsets(offs_c, offs_n, stride_dc, stride_dl)
     store_tile(d_x_ptr + n * stride_dn, d_x_offsets, tl.trans(acc), offs_c, offs_n, C, num_tokens)
@@ -125,16 +142,30 @@ def key_value_gradient_kernel(
 
 @triton.jit
 def accumulate_query_gradient(
-    acc, u, d_y, lse, delta, x_ptr, offsets, offs_c, offs_n,
-    C: tl.constexpr, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_queries,
+    x_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one tile of keys behind x_ptr (BLOCK_C, BLOCK_N) gives the folded queries u (BLOCK_M, BLOCK_C)."""
-    x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_tokens, MASK_TOKENS)
-    p = tl.exp2(tl.dot(u, x, input_precision=INPUT_PRECISION) * LOG2E - lse[:, None])
-    d_s = p * (tl.dot(d_y, x, input_precision=INPUT_PRECISION) - delta[:, None])
+    """Adds to acc (BLOCK_M, BLOCK_C) what one tile of keys, x_ptr (C, BLOCK_N), gives a tile of folded queries.
+
+    The queries and their gradient of y are u and d_y (BLOCK_M, BLOCK_C), or, where those are too wide to keep, lie behind
+    u_ptr and d_y_ptr (C, num_queries).
+    """
+    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
+    if BLOCK_K < offs_c.shape[0]:
+        logits = dot_over_channels(
+            u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
+        )
+        d_p = dot_over_channels(
+            d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
+        )
+    else:
+        logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
+        d_p = tl.dot(d_y, x, input_precision=INPUT_PRECISION)
+    d_s = tl.exp2(logits * LOG2E - lse[:, None]) * (d_p - delta[:, None])
     if MASK_TOKENS:
         # The weight of a key that does not exist is exp2(-lse), which may overflow: zero times it would be NaN.
-        d_s = tl.where((offs_n < num_tokens)[None, :], d_s, 0.0)
+        d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
     return tl.dot(d_s.to(x.dtype), tl.trans(x), acc, input_precision=INPUT_PRECISION)
 
 
@@ -147,7 +178,7 @@ def query_gradient_kernel(
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes du of BLOCK_M tokens of one map and finishes their dx.
@@ -159,7 +190,9 @@ def query_gradient_kernel(
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    u_ptr += n * stride_yn
+    d_y_ptr += n * stride_yn
+    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
     u = tl.trans(load_tile(u_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
     d_y = tl.trans(load_tile(d_y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
     lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
@@ -167,19 +200,23 @@ def query_gradient_kernel(
     x_ptr += n * stride_xn
 
     offs_n = tl.arange(0, BLOCK_N)
-    offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     full_tokens = num_tokens // BLOCK_N * BLOCK_N
     for start_n in range(0, full_tokens, BLOCK_N):
-        tile_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc = accumulate_query_gradient(acc, u, d_y, lse, delta, tile_ptr, offsets, offs_c, offs_n, C, BLOCK_N, False, INPUT_PRECISION)
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc = accumulate_query_gradient(
+            acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
     if full_tokens < num_tokens:
-        tile_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
-        tokens_left = num_tokens - full_tokens
-        acc = accumulate_query_gradient(acc, u, d_y, lse, delta, tile_ptr, offsets, offs_c, offs_n, C, tokens_left, True, INPUT_PRECISION)
+        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        acc = accumulate_query_gradient(
+            acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
 
     d_u = acc.to(u.dtype)
-    store_tile(d_u_ptr, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
     if d_x_ptr is not None:
         d_x = tl.trans(project_there_and_back(d_u, w_k_ptr, None, w_q_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION))
         d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_m, stride_dc, stride_dl)
@@ -225,7 +262,7 @@ def attention_backward(
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0],
         BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
@@ -238,8 +275,8 @@ def attention_backward(
             d_x, *d_x_strides,
             num_tokens,
             C=num_channels,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c,
-            INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+            INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     config = configs.query_gradient
@@ -251,7 +288,7 @@ def attention_backward(
         d_x, *d_x_strides,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return d_u

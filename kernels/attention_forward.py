@@ -10,7 +10,27 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels
-from .primitives import LOG2E, attend_tile, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+from .primitives import LOG2E, attend_tile, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+
+
+@triton.jit
+def attend_keys(
+    acc, m_i, l_i, u, u_ptr, stride_uc, stride_ul, offs_m, num_queries,
+    x_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Lets a tile of folded queries meet one tile of the map behind x_ptr (C, BLOCK_N): its tokens are keys and values.
+
+    The queries are u (BLOCK_M, BLOCK_C), or, where that is too wide to keep, lie behind u_ptr (C, num_queries).
+    """
+    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
+    if BLOCK_K < offs_c.shape[0]:
+        logits = dot_over_channels(
+            u_ptr, stride_uc, stride_ul, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
+        )
+    else:
+        logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
+    return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION)
 
 
 @triton.jit
@@ -21,7 +41,7 @@ def attention_forward_kernel(
     lse_ptr,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes the output of BLOCK_M query tokens of one map.
@@ -29,6 +49,9 @@ def attention_forward_kernel(
     x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
     None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where nothing is kept for the backward pass;
     lse_ptr (N, L) fp32, the base-2 log-sum-exp of the folded logits, or None together with y_ptr.
+
+    With BLOCK_K < BLOCK_C a tile of folded queries is too wide to stay in registers. It waits in those rows of out that
+    this program alone will fill at its end, and the logits are summed BLOCK_K channels at a time.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
@@ -39,30 +62,40 @@ def attention_forward_kernel(
     x_m = load_tile(x_ptr, query_offsets, offs_c, offs_m, C, num_tokens, True)
     u = project_there_and_back(tl.trans(x_m), w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION).to(x_m.dtype)
 
+    out_ptr += n * stride_on
+    out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
+    if BLOCK_K < BLOCK_C:
+        store_tile(out_ptr, out_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
+        tl.debug_barrier()
+
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     offs_n = tl.arange(0, BLOCK_N)
-    key_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
     full_tokens = num_tokens // BLOCK_N * BLOCK_N
     for start_n in range(0, full_tokens, BLOCK_N):
-        x = load_tile(x_ptr + tl.cast(start_n, tl.int64) * stride_xl, key_offsets, offs_c, offs_n, C, BLOCK_N, False)
-        acc, m_i, l_i = attend_tile(u, x, acc, m_i, l_i, offs_n, BLOCK_N, False, INPUT_PRECISION)
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, u, out_ptr, stride_oc, stride_ol, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
     if full_tokens < num_tokens:
-        tokens_left = num_tokens - full_tokens
-        x = load_tile(x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl, key_offsets, offs_c, offs_n, C, tokens_left, True)
-        acc, m_i, l_i = attend_tile(u, x, acc, m_i, l_i, offs_n, tokens_left, True, INPUT_PRECISION)
+        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, u, out_ptr, stride_oc, stride_ol, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
 
     y = (acc / l_i[:, None]).to(x_m.dtype)
-    out_ptr += n * stride_on
     if y_ptr is not None:
-        out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
         store_tile(y_ptr + n * stride_on, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
         tl.store(lse_ptr + n * num_tokens + offs_m, m_i * LOG2E + tl.log2(l_i), mask=offs_m < num_tokens)
 
     gamma = 1.0
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr).to(tl.float32)
+    if BLOCK_K < BLOCK_C:
+        tl.debug_barrier()  # the folded queries in out have been read for the last time
     for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
         offs_o = start_o + tl.arange(0, BLOCK_D)
         w_v = load_rows(w_v_ptr, offs_o, offs_c, C, C)
@@ -104,6 +137,6 @@ def attention_forward(
         lse,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_channels(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_channels(num_channels), BLOCK_K=min(config.block_k, block_channels(num_channels)), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

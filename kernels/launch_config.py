@@ -21,11 +21,13 @@ class LaunchConfig:
     """How one kernel is launched.
 
     block_m: query tokens a program, for `token_moments` channels of the left factor. block_n: key tokens a step, for
-    `token_moments` tokens a step. block_d: rows of a weight a step.
+    `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens taken at once; fewer than the
+    map has means that they are read from memory step by step. block_d: rows of a weight a step.
     """
 
     block_m: int
     block_n: int
+    block_k: int
     block_d: int
     num_warps: int
     num_stages: int
@@ -63,7 +65,7 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 def _config(kernel: str, num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     block_c = block_channels(num_channels)
     if dtype == torch.float32:
-        sizes = (32, 32, 16, 4, 1) if block_c > 64 else (64, 32, 16, 4, 2)
+        sizes = (32, 32, 32, 16, 8, 1) if block_c > 64 else (64, 32, 64, 16, 4, 2)
     else:
-        sizes = (64, 64, 32, 4, 2) if block_c <= 128 else (64, 32, 32, 8, 2)
+        sizes = (64, 64, 256, 32, 4, 2) if block_c <= 128 else (64, 32, 64, 32, 8, 2)
     return LaunchConfig(*sizes, input_precision=target.fp32_precision if dtype == torch.float32 else "ieee")

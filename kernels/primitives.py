@@ -71,12 +71,29 @@ def project_there_and_back(
 
 
 @triton.jit
-def attend_tile(u, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """One step of online softmax: queries u (BLOCK_M, BLOCK_C) meet one tile x (BLOCK_C, BLOCK_N), keys and values both.
+def dot_over_channels(
+    a_ptr, stride_ac, stride_al, offs_a, num_a, b_ptr, stride_bc, stride_bl, offs_b, num_b,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`a_i · b_j` for a tile of tokens of a (C, num_a) and one of b (C, num_b): (BLOCK_A, BLOCK_B) in fp32.
+
+    BLOCK_K channels at a time come from memory: for maps with so many channels that no whole tile fits into registers.
+    """
+    acc = tl.zeros((offs_a.shape[0], offs_b.shape[0]), tl.float32)
+    for start_k in range(0, C, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, True)
+        b = load_tile(b_ptr, tile_offsets(offs_k, offs_b, stride_bc, stride_bl), offs_k, offs_b, C, num_b, True)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def attend_tile(logits, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """One step of online softmax: logits (BLOCK_M, BLOCK_N) weigh one tile x (BLOCK_C, BLOCK_N) of values.
 
     acc (BLOCK_M, BLOCK_C) is the running weighted sum, m_i (BLOCK_M) the running maximum, l_i (BLOCK_M) the running sum.
     """
-    logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
     if MASK_TOKENS:
         logits = tl.where((offs_n < num_tokens)[None, :], logits, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(logits, 1))

@@ -1,0 +1,200 @@
+"""Compiles the kernels for devices that are not at hand, exactly as their launchers would start them.
+
+A launcher is run on meta tensors while the launch itself is caught; what it would have started is compiled for any target.
+No GPU is needed: Triton carries the assembler and the disassembler.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from visattn import kernels
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """One compilation target: its name, what Triton calls it, the shared memory a program may use, and its matrix instructions."""
+
+    name: str
+    target: GPUTarget
+    shared_memory: int
+    matrix_instruction: str
+
+    def kernel_target(self, highest: bool) -> kernels.Target:
+        """What `visattn.device.kernel_target` would say on this device."""
+        fp32 = "ieee" if self.target.backend == "hip" else "tf32x3" if highest else "tf32"
+        return kernels.Target(self.shared_memory, fp32)
+
+
+def _cuda(capability: int, shared_kib: int, matrix_instruction: str) -> Device:
+    return Device(f"sm_{capability}", GPUTarget("cuda", capability, 32), shared_kib * KIB, matrix_instruction)
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _cuda(80, 163, r"\bHMMA"),
+        _cuda(86, 99, r"\bHMMA"),
+        _cuda(89, 99, r"\bHMMA"),
+        _cuda(90, 227, r"\bHGMMA"),
+        _cuda(100, 227, r"\bUTC\w*MMA"),
+        _cuda(120, 99, r"\bHMMA"),
+        Device("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, r"v_mfma"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that a launcher asked for: the kernel, its arguments by name, and its options."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int | bool]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one device. Sizes are bytes; spills are bytes of local memory, or spilled registers on AMD."""
+
+    name: str
+    registers: int
+    spills: int
+    shared_memory: int
+    matrix_instructions: int
+    assembly: str
+
+
+@contextlib.contextmanager
+def caught_launches() -> Iterator[list[Launch]]:
+    """Within the block nothing is launched; every launch that was asked for is in the list."""
+    launches: list[Launch] = []
+
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
+
+    with mock.patch.object(JITFunction, "run", catch):
+        yield launches
+
+
+def layer_launches(
+    device: Device, dtype: torch.dtype, channels: int, tokens: int = 1024, *, highest: bool = True, channels_last: bool = False
+) -> list[Launch]:
+    """Every launch of one forward and backward pass of the layer, with biases, γ and residual, on a map of `tokens` pixels."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def new_map() -> torch.Tensor:
+        return empty(2, tokens, channels).transpose(1, 2) if channels_last else empty(2, channels, tokens)
+
+    target = device.kernel_target(highest)
+    x, d_out, y, out, d_x = (new_map() for _ in range(5))
+    w_q, w_k, w_v = (empty(channels, channels) for _ in range(3))
+    b_q, b_v, gamma, lse = empty(channels), empty(channels), empty(1), empty(2, tokens, of=torch.float32)
+    configs = kernels.backward_configs(channels, dtype, target)
+    with caught_launches() as launches:
+        kernels.attention_forward(
+            x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
+            scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
+        )  # fmt: skip
+        d_u = kernels.attention_backward(
+            x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs
+        )
+        kernels.token_moments(d_u, x, config=configs.token_moments)
+    return launches
+
+
+def compile_launch(launch: Launch, device: Device) -> Compiled:
+    """Compiles a caught launch for `device` and reads what became of it.
+
+    Raises:
+        Exception: whatever Triton raises where the kernel does not compile for the device.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, aligned = _specialise(value, parameter.is_constexpr)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=device.target, options=dict(launch.options))
+    if device.target.backend == "hip":
+        return _read_amd(launch.name, compiled, device)
+    return _read_nvidia(launch.name, compiled, device)
+
+
+def _specialise(value: Any, is_constexpr: bool) -> tuple[str, bool]:
+    """The type of an argument, and whether it counts as divisible by 16, by the rules of Triton's own launcher."""
+    if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        return names[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+
+
+def _read_nvidia(name: str, compiled: Any, device: Device) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run_tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        assembly = _run_tool("cuobjdump", "--dump-sass", str(cubin))
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(
+        name=name,
+        registers=resources["REG"],
+        spills=resources["LOCAL"] + resources["STACK"],
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(device.matrix_instruction, assembly)),
+        assembly=assembly,
+    )
+
+
+def _read_amd(name: str, compiled: Any, device: Device) -> Compiled:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        assert found, f"{key} is missing in the assembly of {name}"
+        return int(found[1])
+
+    return Compiled(
+        name=name,
+        registers=field("vgpr_count"),
+        spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
+        shared_memory=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(device.matrix_instruction, assembly)),
+        assembly=assembly,
+    )
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    tool: Callable[[], Any] = getattr(triton.knobs.nvidia, name).path if hasattr(triton.knobs.nvidia, name) else name
+    return subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True).stdout
