@@ -36,7 +36,7 @@ class Device:
 
     def kernel_target(self, highest: bool) -> kernels.Target:
         """What `visattn.device.kernel_target` would say on this device."""
-        fp32 = "ieee" if self.target.backend == "hip" else "tf32x3" if highest else "tf32"
+        fp32 = "ieee" if self.target.backend == "hip" else "bf16x6" if highest else "tf32"
         return kernels.Target(self.shared_memory, fp32)
 
 

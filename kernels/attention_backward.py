@@ -3,6 +3,10 @@
 With g = dOut, `dy = γ W_vᵀ g`, `Δ_i = dy_i · y_i`, `P_ij = exp(u_i · x_j - lse_i)` and `dS_ij = P_ij (dy_i · x_j - Δ_i)`:
 keys and values are one tensor, so their gradients share one accumulator, `Σ_i dS_ij u_i + P_ij dy_i`; the folded query
 receives `du_i = Σ_j dS_ij x_j` and hands it on to x as `scale · W_qᵀ W_k du_i`.
+
+In exact arithmetic `Σ_j dS_ij` is zero. What it is after rounding, mostly because y is, would be multiplied by whatever
+mean the map has; so the query gradient, which sees whole rows, takes `y_i Σ_j dS_ij` off again and mends Δ for the
+key and value gradient, which sees only columns and therefore runs last.
 """
 
 import torch
@@ -58,6 +62,97 @@ def prepare_backward_kernel(
 
 
 @triton.jit
+def accumulate_query_gradient(
+    acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_queries,
+    x_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what one tile of keys, x_ptr (C, BLOCK_N), gives a tile of queries: to acc (BLOCK_M, BLOCK_C), to row_sum (BLOCK_M) Σ dS.
+
+    The queries and their gradient of y are u and d_y (BLOCK_M, BLOCK_C), or, where those are too wide to keep, lie behind
+    u_ptr and d_y_ptr (C, num_queries).
+    """
+    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
+    if BLOCK_K < offs_c.shape[0]:
+        logits = dot_over_channels(
+            u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
+        )
+        d_p = dot_over_channels(
+            d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
+        )
+    else:
+        logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
+        d_p = tl.dot(d_y, x, input_precision=INPUT_PRECISION)
+    d_s = tl.exp2(logits * LOG2E - lse[:, None]) * (d_p - delta[:, None])
+    if MASK_TOKENS:
+        # The weight of a key that does not exist is exp2(-lse), which may overflow: zero times it would be NaN.
+        d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
+    rounded = d_s.to(x.dtype)
+    acc = tl.dot(rounded, tl.trans(x), acc, input_precision=INPUT_PRECISION)
+    return acc, row_sum + tl.sum(rounded.to(tl.float32), 1)
+
+
+@triton.jit
+def query_gradient_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    d_out_ptr, stride_gn, stride_gc, stride_gl,
+    y_ptr, u_ptr, d_y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr, delta_ptr, w_q_ptr, w_k_ptr,
+    d_x_ptr, stride_dn, stride_dc, stride_dl,
+    num_tokens, scale,
+    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes du of BLOCK_M tokens of one map, what reaches x through it and past it, and the mended Δ.
+
+    x_ptr, d_out_ptr (N, C, L); y_ptr, u_ptr, d_y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2;
+    delta_ptr (N, L), read and written; w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L), or None where only the weights want a
+    gradient.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    u_ptr += n * stride_yn
+    d_y_ptr += n * stride_yn
+    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    u = tl.trans(load_tile(u_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    d_y = tl.trans(load_tile(d_y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
+    delta = tl.load(delta_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
+    x_ptr += n * stride_xn
+
+    offs_n = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    full_tokens = num_tokens // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_tokens, BLOCK_N):
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_tokens < num_tokens:
+        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    tl.store(delta_ptr + n * num_tokens + offs_m, delta + row_sum, mask=offs_m < num_tokens)
+    y = tl.trans(load_tile(y_ptr + n * stride_yn, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    d_u = (acc - row_sum[:, None] * y.to(tl.float32)).to(u.dtype)
+    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    if d_x_ptr is not None:
+        d_x = tl.trans(project_there_and_back(d_u, w_k_ptr, None, w_q_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION))
+        if RESIDUAL:
+            d_out_offsets = n * stride_gn + tile_offsets(offs_c, offs_m, stride_gc, stride_gl)
+            d_x += load_tile(d_out_ptr, d_out_offsets, offs_c, offs_m, C, num_tokens, True)
+        d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_m, stride_dc, stride_dl)
+        store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_m, C, num_tokens)
+
+
+@triton.jit
 def accumulate_key_value_gradient(
     acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys,
     u_ptr, d_y_ptr, stride_yc, stride_yl, lse_ptr, delta_ptr, offs_c, offs_m, num_queries,
@@ -104,9 +199,10 @@ def key_value_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the gradient that BLOCK_N tokens of one map receive as keys and as values.
+    """One program adds to d_x what BLOCK_N tokens of one map receive as keys and as values.
 
-    x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2, delta_ptr (N, L); d_x_ptr (N, C, L).
+    x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2; delta_ptr (N, L), mended;
+    d_x_ptr (N, C, L), read and written.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_N))
     offs_c = tl.arange(0, BLOCK_C)
@@ -136,95 +232,9 @@ def key_value_gradient_kernel(
             u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
             num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
-    d_x_offsets = tile_offsets(offs_c, offs_n, stride_dc, stride_dl)
-    store_tile(d_x_ptr + n * stride_dn, d_x_offsets, tl.trans(acc), offs_c, offs_n, C, num_tokens)
-
-
-@triton.jit
-def accumulate_query_gradient(
-    acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_queries,
-    x_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys,
-    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds to acc (BLOCK_M, BLOCK_C) what one tile of keys, x_ptr (C, BLOCK_N), gives a tile of folded queries.
-
-    The queries and their gradient of y are u and d_y (BLOCK_M, BLOCK_C), or, where those are too wide to keep, lie behind
-    u_ptr and d_y_ptr (C, num_queries).
-    """
-    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
-    if BLOCK_K < offs_c.shape[0]:
-        logits = dot_over_channels(
-            u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
-        )
-        d_p = dot_over_channels(
-            d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
-        )
-    else:
-        logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
-        d_p = tl.dot(d_y, x, input_precision=INPUT_PRECISION)
-    d_s = tl.exp2(logits * LOG2E - lse[:, None]) * (d_p - delta[:, None])
-    if MASK_TOKENS:
-        # The weight of a key that does not exist is exp2(-lse), which may overflow: zero times it would be NaN.
-        d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
-    return tl.dot(d_s.to(x.dtype), tl.trans(x), acc, input_precision=INPUT_PRECISION)
-
-
-@triton.jit
-def query_gradient_kernel(
-    x_ptr, stride_xn, stride_xc, stride_xl,
-    d_out_ptr, stride_gn, stride_gc, stride_gl,
-    u_ptr, d_y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
-    lse_ptr, delta_ptr, w_q_ptr, w_k_ptr,
-    d_x_ptr, stride_dn, stride_dc, stride_dl,
-    num_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program computes du of BLOCK_M tokens of one map and finishes their dx.
-
-    x_ptr, d_out_ptr (N, C, L); u_ptr, d_y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2,
-    delta_ptr (N, L); w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L) holds the gradient as keys and values, or is None where
-    only the weights want a gradient.
-    """
-    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
-    offs_c = tl.arange(0, BLOCK_C)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    u_ptr += n * stride_yn
-    d_y_ptr += n * stride_yn
-    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    u = tl.trans(load_tile(u_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
-    d_y = tl.trans(load_tile(d_y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
-    lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
-    delta = tl.load(delta_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
-    x_ptr += n * stride_xn
-
-    offs_n = tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    full_tokens = num_tokens // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_tokens, BLOCK_N):
-        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc = accumulate_query_gradient(
-            acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
-        )  # fmt: skip
-    if full_tokens < num_tokens:
-        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
-        acc = accumulate_query_gradient(
-            acc, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-        )  # fmt: skip
-
-    d_u = acc.to(u.dtype)
-    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
-    if d_x_ptr is not None:
-        d_x = tl.trans(project_there_and_back(d_u, w_k_ptr, None, w_q_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION))
-        d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_m, stride_dc, stride_dl)
-        d_x += load_tile(d_x_ptr, d_x_offsets, offs_c, offs_m, C, num_tokens, True)
-        if RESIDUAL:
-            d_out_offsets = n * stride_gn + tile_offsets(offs_c, offs_m, stride_gc, stride_gl)
-            d_x += load_tile(d_out_ptr, d_out_offsets, offs_c, offs_m, C, num_tokens, True)
-        store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_m, C, num_tokens)
+    d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_n, stride_dc, stride_dl)
+    d_x = tl.trans(acc) + load_tile(d_x_ptr, d_x_offsets, offs_c, offs_n, C, num_tokens, True)
+    store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_n, C, num_tokens)
 
 
 def attention_backward(
@@ -266,6 +276,19 @@ def attention_backward(
     )  # fmt: skip
 
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
+    config = configs.query_gradient
+    query_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+        x, *x.stride(),
+        d_out, *d_out.stride(),
+        y, u, d_y, d_u, *y.stride(),
+        lse, delta, w_q, w_k,
+        d_x, *d_x_strides,
+        num_tokens, scale,
+        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+
     if d_x is not None:
         config = configs.key_value_gradient
         key_value_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_n),)](
@@ -278,17 +301,4 @@ def attention_backward(
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
             INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-
-    config = configs.query_gradient
-    query_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
-        x, *x.stride(),
-        d_out, *d_out.stride(),
-        u, d_y, d_u, *y.stride(),
-        lse, delta, w_q, w_k,
-        d_x, *d_x_strides,
-        num_tokens, scale,
-        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
     return d_u

@@ -58,7 +58,7 @@ def _cuda_target(index: int, highest: bool) -> "Target":
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return Target(properties.shared_memory_per_block, "ieee")  # fp32 has matrix instructions of its own there
-    return Target(properties.shared_memory_per_block_optin, "tf32x3" if highest else "tf32")
+    return Target(properties.shared_memory_per_block_optin, "bf16x6" if highest else "tf32")
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:

@@ -22,8 +22,7 @@ SDPA_MIN_TOKENS = 256
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L). lse is always None: backward computes its softmax anew."""
     tokens = _widen(x.flatten(2))
-    fold, fold_bias = _folded_projection(weights, scale, tokens.dtype)
-    u = _project(fold, fold_bias, tokens)
+    u = _folded_queries(weights, scale, tokens)
     y = _attend_sdpa(u, tokens) if _sdpa_is_quicker(tokens) else _attend_in_chunks(u, tokens)
 
     w_v, b_v = _output_projection(weights, tokens.dtype)
@@ -50,24 +49,24 @@ def backward(
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     del lse
     tokens, g, y = _widen(x.flatten(2)), _widen(d_out.flatten(2)), _widen(y)
-    fold, fold_bias = _folded_projection(weights, scale, tokens.dtype)
-    u = _project(fold, fold_bias, tokens)
+    u = _folded_queries(weights, scale, tokens)
     d_y = _project(_output_projection(weights, tokens.dtype)[0].mT, None, g)
-    delta = (d_y * y).sum(1)[..., None]
 
     d_tokens = torch.zeros_like(tokens)
     d_u = torch.empty_like(tokens)
     for maps, rows, p, d_s in _chunks(tokens, buffers=2):
         keys, u_chunk, d_y_chunk = tokens[maps], u[maps, :, rows], d_y[maps, :, rows]
         torch.softmax(torch.bmm(u_chunk.mT, keys, out=d_s), -1, out=p)
-        torch.bmm(d_y_chunk.mT, keys, out=d_s).sub_(delta[maps, rows]).mul_(p)
+        d_p = torch.bmm(d_y_chunk.mT, keys, out=d_s)
+        # Autograd's own softmax derivative: its Δ is summed from the p and d_p at hand, so that a saturated row cancels to zero.
+        torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_s)
         d_u[maps, :, rows] = torch.bmm(keys, d_s.mT)
         if need_x:
             d_tokens[maps].baddbmm_(d_y_chunk, p).baddbmm_(u_chunk, d_s)
 
     d_x = None
     if need_x:
-        d_tokens.baddbmm_(fold.mT.expand(len(x), -1, -1), d_u)
+        d_tokens += _gradient_through_queries(weights, scale, d_u)
         d_x = empty_map_like(x)
         if residual:
             torch.add(d_tokens, g, out=d_x.flatten(2))
@@ -81,12 +80,41 @@ def _widen(tokens: Tensor) -> Tensor:
     return tokens.float() if tokens.dtype == torch.float16 else tokens
 
 
-def _folded_projection(weights: Weights, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`scale · W_kᵀ W_q` (C, C) and `scale · W_kᵀ b_q` (C), multiplied in at least fp32 and rounded once."""
+def _folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
+    """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L)."""
+    dtype = tokens.dtype
+    if _queries_are_thin(weights):
+        bias = None if weights.b_q is None else weights.b_q.to(dtype)
+        return _project(scale * weights.w_k.to(dtype).mT, None, _project(weights.w_q.to(dtype), bias, tokens))
+    product = _product_of_projections(weights, scale, dtype)
+    if weights.b_q is None:
+        return _project(product, None, tokens)
     wide = torch.promote_types(dtype, torch.float32)
-    w_k = scale * weights.w_k.to(wide).mT
-    bias = None if weights.b_q is None else (w_k @ weights.b_q.to(wide)).to(dtype)
-    return (w_k @ weights.w_q.to(wide)).to(dtype), bias
+    bias = scale * (weights.w_k.to(wide).mT @ weights.b_q.to(wide))
+    return _project(product, bias.to(dtype), tokens)
+
+
+def _gradient_through_queries(weights: Weights, scale: float, d_u: Tensor) -> Tensor:
+    """What x receives from its folded queries' gradient: `scale · W_qᵀ W_k du` (N, C, L)."""
+    dtype = d_u.dtype
+    if _queries_are_thin(weights):
+        return _project(scale * weights.w_q.to(dtype).mT, None, _project(weights.w_k.to(dtype), None, d_u))
+    return _project(_product_of_projections(weights, scale, dtype).mT, None, d_u)
+
+
+def _queries_are_thin(weights: Weights) -> bool:
+    """Whether to project twice, C → D → C, and not once with the product of both projections.
+
+    Thin queries cost less that way. Over few channels the cost is nothing, and the rounding of the product would not average out.
+    """
+    qk_channels, channels = weights.w_q.shape
+    return 2 * qk_channels < channels or channels < 16
+
+
+def _product_of_projections(weights: Weights, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale · W_kᵀ W_q` (C, C), multiplied in at least fp32 and rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (scale * (weights.w_k.to(wide).mT @ weights.w_q.to(wide))).to(dtype)
 
 
 def _output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

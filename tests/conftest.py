@@ -1,0 +1,48 @@
+"""Which backends a test runs on, and what is skipped where, each with its reason."""
+
+import os
+
+import pytest
+import torch
+
+from visattn import device
+
+INTERPRETING = device.triton_is_interpreting()
+HAS_GPU = torch.cuda.is_available() and not INTERPRETING
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("kernels") and not (HAS_GPU or INTERPRETING):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"))
+
+
+def pytest_report_header() -> str:
+    where = "on the GPU" if HAS_GPU else "in the interpreter" if INTERPRETING else "not run"
+    return f"visattn: Triton kernels {where}"
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def place(backend: str) -> torch.device:
+    """Where the backend under test is run."""
+    return torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills what torch.empty returns with NaN, so that an element that is never written cannot look right."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = previous

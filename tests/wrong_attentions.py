@@ -1,0 +1,159 @@
+"""Attentions that are wrong on purpose, each in the way that somebody once got it wrong. The gates must reject every one.
+
+They have the interface of the reference. Faults of the forward pass are written as another formula, whose gradients
+autograd derives; faults of the backward pass as a backward pass by hand, with one step left out or bent.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Weights = tuple[Tensor | None, ...]
+
+
+def attention(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    *,
+    gamma: Tensor | None = None,
+    residual: bool = True,
+    fault: str = "",
+) -> Tensor:
+    """The formula with at most one fault."""
+    tokens = x.flatten(2).mT
+    if fault == "query and key swapped":
+        w_q, w_k, b_q, b_k = w_k, w_q, b_k, b_q
+    if fault == "weights of the query transposed":
+        w_q = w_q.mT
+    if fault == "weights of the value transposed":
+        w_v = w_v.mT
+    if fault == "values from the key projection":
+        w_v = w_k
+    if fault == "bias of the query ignored":
+        b_q = None
+    if fault == "bias of the value ignored":
+        b_v = None
+    q, k, v = (torch.nn.functional.linear(tokens, w, b) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)))
+    if fault == "missing W_k":
+        q, k = torch.nn.functional.linear(tokens, w_q, b_q), tokens
+    if fault == "keys of the first map for every map":
+        k = k[:1].expand_as(k)
+    if fault == "one key dropped":
+        k, v = k[:, :-1], v[:, :-1]
+    if fault == "last tile unmasked":
+        k, v = (torch.nn.functional.pad(t, (0, 0, 0, -t.shape[1] % 16)) for t in (k, v))
+    scales = {"scale dropped": 1.0, "scale 1/C": 1 / q.shape[-1], "scale 0.5": 0.5}
+    logits = scales.get(fault, q.shape[-1] ** -0.5) * (q @ k.mT)
+    if fault == "natural logits under a base-2 exponential":
+        logits = logits * 0.6931471805599453
+    if fault == "logits multiplied by log2(e) under a natural exponential":
+        logits = logits * 1.4426950408889634
+    weights = torch.softmax(logits, 1 if fault == "softmax over the queries" else 2)
+    if fault == "uniform average":
+        weights = torch.softmax(logits * 0, 2)
+    if fault == "row sum without the last tile":
+        weights = weights / weights[..., : -(weights.shape[-1] % 16 or 16)].sum(-1, keepdim=True)
+    branch = (weights @ v).mT
+    branch = branch.unflatten(2, (x.shape[3], x.shape[2])).mT if fault == "height and width swapped" else branch.unflatten(2, x.shape[2:])
+    if gamma is not None and fault != "gamma ignored":
+        branch = gamma * branch
+    if fault == "gamma applied twice" and gamma is not None:
+        branch = gamma * branch
+    added = residual != (fault == "residual missing")
+    return branch + (2 if fault == "residual twice" else 1) * x if added else branch
+
+
+class HandWrittenBackward(torch.autograd.Function):
+    """The formula with its backward pass by hand, in float64 so that only the fault can be at fault."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fault: str, residual: bool, *weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.fault, ctx.residual = fault, residual
+        w_q, w_k, w_v, b_q, b_k, b_v, gamma = weights
+        return attention(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma=gamma, residual=residual)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple:
+        dtype = d_out.dtype
+        d_out, x, w_q, w_k, w_v, b_q, b_k, b_v, gamma = (t.double() for t in (d_out, *ctx.saved_tensors))
+        fault = ctx.fault
+        scale = w_q.shape[0] ** -0.5
+        t, g = x.flatten(2), d_out.flatten(2)
+        q = w_q @ t + b_q[:, None]
+        u = scale * (w_k.mT @ q)
+        logits = u.mT @ t
+        lse = torch.logsumexp(logits, -1, keepdim=True)
+        if fault == "stale lse":
+            lse = lse.roll(1, 1)
+        p = torch.exp(logits - lse)
+        y = t @ p.mT
+        d_y = w_v.mT @ g if fault == "gamma missing in the gradient of y" else gamma * (w_v.mT @ g)
+        d_p = d_y.mT @ t
+        delta = (d_y * y).sum(1)[..., None]
+        if fault == "delta omitted":
+            delta = delta * 0
+        if fault == "delta without gamma":
+            delta = delta / gamma
+        d_s = p * (d_p - delta)
+        d_u = t @ d_s.mT
+        d_q = w_k @ d_u if fault == "scale missing in the query's gradient" else scale * (w_k @ d_u)
+        terms = {
+            "query gradient missing": w_q.mT @ d_q,
+            "key gradient missing": u @ d_s,
+            "value gradient missing": d_y @ p,
+        }
+        d_x = sum(term for name, term in terms.items() if name != fault)
+        if ctx.residual and fault != "residual gradient missing":
+            d_x = d_x + g
+        d_w_k = scale * torch.einsum("ndl,ncl->dc", q - b_q[:, None] if fault == "query bias missing in the key's gradient" else q, d_u)
+        if fault == "scale missing in the key's gradient":
+            d_w_k = d_w_k / scale
+        d_w_v = torch.einsum("nol,ncl->oc", g, t if fault == "values' weight gradient from x" else y)
+        branch = w_v @ y + (0 if fault == "value bias missing in gamma's gradient" else b_v[:, None])
+        d_gamma = (g * branch).sum().reshape(1)
+        d_b_k = d_q.sum((0, 2)) if fault == "gradient for the key's bias" else torch.zeros_like(b_k)
+        d_b_v = g.sum((0, 2)) * (1 if fault == "gamma missing in the value bias's gradient" else gamma)
+        if fault == "last map left out of the weights' gradient":
+            d_w_v = torch.einsum("nol,ncl->oc", g[:-1], y[:-1])
+        d_w_q = torch.einsum("ndl,ncl->dc", d_q, t)
+        gradients = (d_w_q, d_w_k, gamma * d_w_v, d_q.sum((0, 2)), d_b_k, d_b_v, d_gamma)
+        return d_x.view(x.shape).to(dtype), None, None, *(gradient.to(dtype) for gradient in gradients)
+
+
+def by_hand(fault: str) -> Callable[..., Tensor]:
+    def run(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, residual):  # type: ignore[no-untyped-def]
+        return HandWrittenBackward.apply(x, fault, residual, w_q, w_k, w_v, b_q, b_k, b_v, gamma)
+
+    return run
+
+
+def with_fault(fault: str) -> Callable[..., Tensor]:
+    def run(**tensors: Any) -> Tensor:
+        return attention(**tensors, fault=fault)
+
+    return run
+
+
+FORWARD_FAULTS = [
+    "query and key swapped", "weights of the query transposed", "weights of the value transposed", "values from the key projection",
+    "bias of the query ignored", "bias of the value ignored", "missing W_k", "keys of the first map for every map", "one key dropped",
+    "last tile unmasked", "scale dropped", "scale 1/C", "scale 0.5", "natural logits under a base-2 exponential",
+    "logits multiplied by log2(e) under a natural exponential", "softmax over the queries", "uniform average",
+    "row sum without the last tile", "height and width swapped", "gamma ignored", "gamma applied twice", "residual missing",
+    "residual twice",
+]  # fmt: skip
+BACKWARD_FAULTS = [
+    "stale lse", "gamma missing in the gradient of y", "delta omitted", "delta without gamma", "scale missing in the query's gradient",
+    "query gradient missing", "key gradient missing", "value gradient missing", "residual gradient missing",
+    "query bias missing in the key's gradient", "scale missing in the key's gradient", "values' weight gradient from x",
+    "value bias missing in gamma's gradient", "gradient for the key's bias", "gamma missing in the value bias's gradient",
+    "last map left out of the weights' gradient",
+]  # fmt: skip
