@@ -133,15 +133,15 @@ def run_layer(problem: Problem, backend: str, device: torch.device | None = None
 
 def truth_of(problem: Problem) -> Results:
     """The float64 reference, and W_v/γ, which turns an error of the gradient of W_v into one of the gradient of γ."""
-    results = run(reference.self_attention_2d, problem.to(torch.float64))
+    results = run(reference.self_attention_2d, problem.to(torch.float64).to(torch.device("cpu")))
     if problem.gamma is not None:
-        results["w_v / gamma"] = problem.w_v.double() / problem.gamma
+        results["w_v / gamma"] = (problem.w_v.double() / problem.gamma).cpu()
     return results
 
 
 def eager_of(problem: Problem) -> Results:
     """The naive formula in the problem's own dtype."""
-    return run(reference.self_attention_2d, problem)
+    return run(reference.self_attention_2d, problem.to(torch.device("cpu")))
 
 
 def relative_rms(actual: Tensor, truth: Tensor) -> float:

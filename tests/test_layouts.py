@@ -1,0 +1,113 @@
+"""Every way a map can lie in memory, for the input and for the gradient that comes back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from visattn import functional, reference, use_backend
+
+from .oracle import Problem, assert_correct, make_problem
+
+SHAPE = (2, 20, 6, 8)
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def sliced(t: Tensor) -> Tensor:
+    n, c, h, w = t.shape
+    big = t.new_full((n + 1, c + 3, h + 2, w), float("nan"))
+    big[1:, 2:-1, 1:-1] = t
+    return big[1:, 2:-1, 1:-1]
+
+
+def strided(t: Tensor) -> Tensor:
+    big = t.new_full((*t.shape[:3], 2 * t.shape[3]), float("nan"))
+    big[..., ::2] = t
+    return big[..., ::2]
+
+
+def batch_innermost(t: Tensor) -> Tensor:
+    return t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def one_map_for_all(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
+def one_column_for_all(t: Tensor) -> Tensor:
+    return t[..., :1].expand(t.shape)
+
+
+LAYOUTS = [contiguous, channels_last, transposed, sliced, strided, batch_innermost, one_map_for_all, one_column_for_all]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, gradient_layout, dtype, backend, place):
+    if backend == "triton" and dtype == torch.bfloat16 and place.type == "cpu":
+        pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
+    problems = [make_problem(SHAPE, dtype, regime="peaked", seed=seed).to(place) for seed in range(3)]
+    problems = [replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems]
+    assert_correct(problems, backend)
+
+
+def gradients(problem: Problem) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (problem.x, problem.w_q, problem.w_k, problem.w_v)]
+    out = functional.self_attention_2d(*leaves, problem.b_q, problem.b_k, problem.b_v, gamma=problem.gamma)
+    return [out, *torch.autograd.grad(out, leaves, problem.d_out)]
+
+
+@pytest.mark.parametrize("channels", [1, 20])
+def test_memory_format_is_kept(channels, backend, place):
+    problem = make_problem((2, channels, 6, 8)).to(place)
+    for layout in (contiguous, channels_last):
+        x = layout(problem.x)
+        with use_backend(backend):
+            out, d_x, *_ = gradients(replace(problem, x=x, d_out=layout(problem.d_out)))
+        for result in (out, d_x):
+            assert result.is_contiguous() == x.is_contiguous()
+            assert result.is_contiguous(memory_format=torch.channels_last) == x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_of_convolutions_and_matrices_are_the_same(backend, place):
+    problem = make_problem(SHAPE).to(place)
+    four_d = replace(problem, w_q=problem.w_q[..., None, None], w_k=problem.w_k[..., None, None], w_v=problem.w_v[..., None, None])
+    with use_backend(backend):
+        flat = gradients(problem)
+        convolutions = gradients(four_d)
+    for a, b in zip(flat, convolutions, strict=True):
+        assert torch.equal(a.flatten(), b.flatten())
+
+
+def test_weights_that_are_not_contiguous(backend, place):
+    problem = make_problem(SHAPE).to(place)
+    moved = replace(problem, w_q=problem.w_q.mT.contiguous().mT, w_k=problem.w_k.mT.contiguous().mT, w_v=problem.w_v.mT.contiguous().mT)
+    with use_backend(backend):
+        expected = gradients(problem)
+        got = gradients(moved)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_sum(backend, place):
+    """`out.sum().backward()` hands back a gradient whose strides are all zero (fla#1139)."""
+    problem = make_problem(SHAPE).to(place)
+    x = problem.x.clone().requires_grad_()
+    with use_backend(backend):
+        functional.self_attention_2d(x, problem.w_q, problem.w_k, problem.w_v).sum().backward()
+    truth = problem.x.double().requires_grad_()
+    reference.self_attention_2d(truth, problem.w_q.double(), problem.w_k.double(), problem.w_v.double()).sum().backward()
+    torch.testing.assert_close(x.grad.double(), truth.grad, rtol=0, atol=1e-5)
