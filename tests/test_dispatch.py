@@ -108,7 +108,7 @@ class TestReasons:
     """unsupported_reasons on devices that are not here: only what device.py reports is replaced."""
 
     def reasons(self, monkeypatch, *, shape=(1, 8, 3, 3), dtype=torch.float32, capability=(9, 0), installed=True, place="cuda"):
-        monkeypatch.setattr(device, "triton_is_installed", lambda: installed)
+        monkeypatch.setattr(device, "TRITON_IS_INSTALLED", installed)
         monkeypatch.setattr(device, "triton_is_interpreting", lambda: False)
         monkeypatch.setattr(device, "compute_capability", lambda index: capability)
 

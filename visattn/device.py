@@ -1,7 +1,8 @@
-"""The only file that asks about the device and about Triton. Nothing is asked at import."""
+"""The only file that asks about the device and about Triton. No device is asked at import."""
 
 import functools
 import importlib.util
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -13,23 +14,17 @@ if TYPE_CHECKING:
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
-@functools.cache
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def triton_is_interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before visattn is first used)."""
-    if not triton_is_installed():
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return TRITON_IS_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
-def compute_capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
 
 
 def float32_precision_is_highest() -> bool:

@@ -52,7 +52,7 @@ def unsupported_reasons(x: Tensor, qk_channels: int) -> list[str]:
     """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can."""
     reasons = []
     interpreting = device.triton_is_interpreting()
-    if not device.triton_is_installed():
+    if not device.TRITON_IS_INSTALLED:
         reasons.append("the package triton is not installed")
     if x.dtype not in KERNEL_DTYPES:
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, x is {_name(x.dtype)}")
@@ -61,7 +61,7 @@ def unsupported_reasons(x: Tensor, qk_channels: int) -> list[str]:
     if max(x.shape[1], qk_channels) > MAX_CHANNELS:
         reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {x.shape[1]} and the queries have {qk_channels}")
     if x.device.type == "cuda":
-        capability = device.compute_capability(x.device.index)
+        capability = device.compute_capability(x.device)
         if capability < device.MIN_COMPUTE_CAPABILITY:
             reasons.append(f"the kernels need compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}")
     elif not (x.device.type == "cpu" and interpreting):

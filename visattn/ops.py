@@ -1,13 +1,14 @@
 """The same steps as autograd.py as torch.library ops, for torch.compile and torch.export, which cannot look into a launch.
 
-`visattn::self_attention_2d` → `visattn::self_attention_2d_backward` → `visattn::self_attention_2d_backward_backward`; each is
-the other's derivative. An op returns tensors only, so what is not needed is an empty tensor here where eager has None.
+`visattn::self_attention_2d_backward` is the derivative of `visattn::self_attention_2d`, and has one of its own. An op returns
+tensors only, so what is not needed is an empty tensor here where eager has None.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import autograd
 from .folding import Weights
@@ -77,39 +78,6 @@ def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, backend
     )
 
 
-@torch.library.custom_op("visattn::self_attention_2d_backward_backward", mutates_args=())
-def self_attention_2d_backward_backward(
-    d_out: Tensor,
-    x: Tensor,
-    w_q: Tensor,
-    b_q: Tensor | None,
-    w_k: Tensor,
-    w_v: Tensor,
-    b_v: Tensor | None,
-    gamma: Tensor | None,
-    v_x: Tensor | None,
-    v_w_q: Tensor | None,
-    v_b_q: Tensor | None,
-    v_w_k: Tensor | None,
-    v_w_v: Tensor | None,
-    v_b_v: Tensor | None,
-    v_gamma: Tensor | None,
-    scale: float,
-    residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of d_out, x and each weight, empty where there is no such weight."""
-    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
-    v_weights = Weights(v_w_q, v_b_q, v_w_k, v_w_v, v_b_v, v_gamma)  # type: ignore[arg-type]
-    phi_d_out, phi_x, phi_weights = backward_of_backward(d_out, x, weights, v_x, v_weights, scale, residual)
-    return phi_d_out, phi_x, *(_present(phi, x) for phi in phi_weights)  # type: ignore[return-value]
-
-
-@self_attention_2d_backward_backward.register_fake
-def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, v_x, v_w_q, v_b_q, v_w_k, v_w_v, v_b_v, v_gamma, scale, residual):  # type: ignore[no-untyped-def]
-    weights = (w_q, b_q, w_k, w_v, b_v, gamma)
-    return d_out.new_empty(d_out.shape), x.new_empty(x.shape), *(_present(None if w is None else w.new_empty(w.shape), x) for w in weights)
-
-
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, b_k, *weights, scale, residual, backend, _save = inputs
     _, y, lse = output
@@ -137,12 +105,14 @@ def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.need_x, ctx.need_weights = need_x, need_weights
 
 
+@once_differentiable
 def _differentiate_backward(ctx: Any, v_x: Tensor, *v_weights: Tensor) -> tuple:
     d_out, x, *weights = ctx.saved_tensors
-    cotangents = [v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True)]
-    gradients = self_attention_2d_backward_backward(d_out, x, *weights, v_x if ctx.need_x else None, *cotangents, *ctx.scalars)
-    phi_d_out, phi_x, *phi_weights = gradients
-    return phi_d_out, phi_x, *(p if w is not None else None for p, w in zip(phi_weights, weights, strict=True)), *(None,) * 7
+    cotangents = (v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True))
+    phi_d_out, phi_x, phi_weights = backward_of_backward(
+        d_out, x, Weights(*weights), v_x if ctx.need_x else None, Weights(*cotangents), *ctx.scalars
+    )
+    return phi_d_out, phi_x, *phi_weights, *(None,) * 7
 
 
 self_attention_2d.register_autograd(_differentiate_forward, setup_context=_setup_forward)

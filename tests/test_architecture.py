@@ -1,0 +1,130 @@
+"""What may import what, what an import costs, and what an installation may touch."""
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Each file of visattn may import these siblings; kernels only its own files.
+ALLOWED = {
+    "__init__": {"functional", "reference", "dispatch", "modules"},
+    "reference": set(),
+    "folding": set(),
+    "layout": set(),
+    "device": {"kernels"},
+    "validation": set(),
+    "dispatch": {"device", "validation"},
+    "torch_backend": {"folding", "layout"},
+    "triton_backend": {"kernels", "device", "folding", "layout"},
+    "second_order": {"folding"},
+    "autograd": {"torch_backend", "triton_backend", "folding", "second_order"},
+    "ops": {"autograd", "folding", "layout", "second_order"},
+    "functional": {"autograd", "ops", "dispatch", "validation", "folding"},
+    "modules": {"functional", "dispatch", "validation"},
+    "models": {"modules"},
+    "data": {"errors"},
+    "training": {"models", "data", "modules"},
+    "report": set(),
+    "demo": {"models", "data", "training", "report", "modules"},
+    "cli": {"demo", "errors"},
+    "errors": set(),
+    "__main__": {"cli"},
+}
+
+
+def imported_siblings(path: Path) -> set[str]:
+    """The names that `from . import a` and `from .a import b` bring in, at any depth of the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "visattn").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_one_way(path):
+    assert imported_siblings(path) <= ALLOWED[path.stem]
+
+
+def test_kernels_know_torch_and_triton_only():
+    standard = set(sys.stdlib_module_names)
+    for path in (ROOT / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] in standard | {"torch", "triton"}, f"{path.name} imports {name}"
+
+
+def test_only_device_py_asks_about_devices():
+    for path in (ROOT / "visattn").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.stem not in ("device", "training", "demo"):
+            for question in ("torch.cuda", "find_spec", "knobs", "get_device_properties"):
+                assert question not in text, f"{path.name} asks {question}"
+
+
+def run_python(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, env=os.environ | environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_brings_neither_triton_nor_training_libraries():
+    heavy = "{'torchvision', 'matplotlib', 'sklearn', 'rich', 'visattn.kernels', 'visattn.models'}"
+    assert run_python(f"import sys, visattn; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+
+
+def test_works_without_triton():
+    code = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'triton':
+            raise ModuleNotFoundError("No module named 'triton'", name='triton')
+sys.meta_path.insert(0, NoTriton())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == 'triton' else real(name, package)
+import torch, visattn
+layer, x = visattn.Attention(4), torch.randn(1, 4, 3, 3, requires_grad=True)
+layer(x).sum().backward()
+print(x.grad.shape, visattn.explain(layer, x))
+"""
+    out = run_python(code)
+    assert "torch.Size([1, 4, 3, 3])" in out
+    assert "the package triton is not installed" in out
+
+
+def test_does_not_shadow_a_distribution_called_kernels(tmp_path):
+    """The name `kernels` belongs to another distribution; both must work side by side, whichever is found first."""
+    decoy = tmp_path / "kernels"
+    decoy.mkdir()
+    (decoy / "__init__.py").write_text("OWNER = 'somebody else'\n")
+    code = "import visattn.kernels, kernels; print(kernels.OWNER, visattn.kernels.attention_forward.__name__)"
+    assert run_python(code, PYTHONPATH=str(tmp_path)).split() == ["somebody", "else", "attention_forward"]
+
+
+def test_installs_no_top_level_kernels(tmp_path):
+    """A wheel of this project holds visattn, visattn.kernels inside of it, and nothing else."""
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    import zipfile
+
+    (wheel,) = tmp_path.glob("visattn-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"visattn"}
+    assert "visattn/kernels/attention_forward.py" in names
+    assert "visattn/py.typed" in names
+    assert not (Path(sysconfig.get_paths()["purelib"]) / "kernels").exists()

@@ -1,0 +1,153 @@
+"""torch.compile, torch.export and the contracts of the library ops."""
+
+import pytest
+import torch
+
+import visattn
+from visattn import functional, ops, use_backend
+
+from .conftest import HAS_GPU, INTERPRETING
+from .oracle import make_problem, recorded_backends
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    # The compiler's own buffers come from torch.empty too; filling them is no part of these tests.
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.compiler.reset()
+
+
+def step(module, x):
+    out = module(x)
+    return out, torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("compiler", ["inductor", "aot_eager"])
+def test_compiled_step_is_the_eager_step(compiler, memory_format, backend, place):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), visattn.Attention(16), torch.nn.ReLU()).to(place)
+    x = torch.randn(2, 3, 6, 5, device=place).contiguous(memory_format=memory_format).requires_grad_()
+    with use_backend(backend):
+        expected_out, expected = step(module, x)
+        with recorded_backends() as ran:
+            out, gradients = step(torch.compile(module, fullgraph=True, backend=compiler), x)
+    assert ran == [backend, backend]
+    assert out.stride() == expected_out.stride()
+    torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_without_gradient(backend, place):
+    module, x = visattn.Attention(16).to(place), torch.randn(2, 16, 6, 5, device=place)
+    with use_backend(backend), torch.no_grad(), recorded_backends() as ran:
+        out = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+        assert ran == [backend]
+        torch.testing.assert_close(out, module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_with_dynamic_shapes():
+    module = visattn.Attention(8)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 8, 6, 5), (3, 8, 7, 9), (1, 8, 4, 4)):
+        x = torch.randn(shape, requires_grad=True)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_code_notices_another_request():
+    """The choice of backend is made when the code is traced; asking for another must not find the old one."""
+    place = "cuda" if HAS_GPU else "cpu"
+    module, x = visattn.Attention(8).to(place), torch.randn(2, 8, 6, 5, device=place)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with use_backend("torch"):
+        compiled(x)
+    if HAS_GPU or INTERPRETING:
+        with use_backend("triton"), recorded_backends() as ran:
+            compiled(x)
+        assert ran == ["triton"]
+    else:
+        with use_backend("triton"), pytest.raises(Exception, match="backend 'triton' cannot run"):
+            compiled(x)
+
+
+def test_compiled_under_autocast():
+    module, x = visattn.Attention(8), torch.randn(2, 8, 6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = module(x)
+        out = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_runs_the_op(training, backend, place):
+    module, x = visattn.Attention(8).to(place).train(training), torch.randn(2, 8, 6, 5, device=place)
+    with use_backend(backend):
+        program = torch.export.export(module, (x,))
+        assert "visattn.self_attention_2d" in program.graph_module.code
+        torch.testing.assert_close(program.module()(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -> tuple:
+    p = make_problem((2, 8, 4, 3), bias=optional, gamma=optional).to(place)
+    x = p.x.contiguous(memory_format=memory_format)
+    tensors = (x, p.b_k, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)
+    return tuple(t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors)
+
+
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+@pytest.mark.parametrize("optional", [True, False], ids=["all parameters", "weights only"])
+class TestOpcheck:
+    def test_forward(self, memory_format, optional, backend, place):
+        arguments = op_arguments(place, memory_format, optional=optional, requires_grad=True)
+        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, True, backend, True))
+
+    def test_forward_that_saves_nothing(self, memory_format, optional, backend, place):
+        arguments = op_arguments(place, memory_format, optional=optional, requires_grad=False)
+        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, False, backend, False))
+
+    @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
+    def test_backward(self, need, memory_format, optional, backend, place):
+        x, b_k, *weights = op_arguments(place, memory_format, optional=optional, requires_grad=False)
+        _, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, backend, True)
+        torch.library.opcheck(ops.self_attention_2d_backward, (torch.randn_like(x), x, *weights, y, lse, 0.3, True, backend, *need))
+
+
+def test_second_derivative_of_the_op():
+    p = make_problem((2, 3, 3, 2), torch.float64, regime="peaked")
+    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
+
+    def op(x, *weights):
+        return ops.self_attention_2d(x, p.b_k, *weights, 0.5, True, "torch", True)[0]
+
+    assert torch.autograd.gradcheck(op, leaves)
+    assert torch.autograd.gradgradcheck(op, leaves)
+
+
+def test_op_and_eager_give_the_same_bits():
+    p = make_problem((2, 8, 4, 3))
+    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
+    x, *weights = leaves
+    op = ops.self_attention_2d(x, p.b_k, *weights, 8**-0.5, True, "torch", True)[0]
+    eager = functional.self_attention_2d(x, p.w_q, p.w_k, p.w_v, p.b_q, p.b_k, p.b_v, gamma=p.gamma, backend="torch")
+    assert torch.equal(op, eager)
+    for a, b in zip(torch.autograd.grad(op, leaves, p.d_out), torch.autograd.grad(eager, leaves, p.d_out), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_the_layer():
+    assert HAS_GPU
+    module, x = visattn.Attention(64).cuda().half(), torch.randn(4, 64, 16, 16, device="cuda", dtype=torch.half)
+    with use_backend("triton"), torch.no_grad():
+        module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, module(x))

@@ -1,0 +1,41 @@
+"""Memory linear in the number of pixels, measured in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys, torch, visattn
+side, train, order = int(sys.argv[1]), sys.argv[2] == "train", sys.argv[3]
+torch.set_num_threads(1)
+layer = visattn.Attention(32)
+def run(side):
+    x = torch.randn(1, 32, side, side, requires_grad=train)
+    with torch.set_grad_enabled(train):
+        out = layer(x)
+    if order == "second":
+        (d_x,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        d_x.square().sum().backward()
+    elif train:
+        out.sum().backward()
+run(16)  # libraries and their pools
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(side)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def mebibytes(side: int, mode: str, order: str = "first") -> int:
+    result = subprocess.run([sys.executable, "-c", SCRIPT, str(side), mode, order], capture_output=True, text=True, check=True)
+    return int(result.stdout)
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_a_map_of_16384_pixels_takes_little(mode):
+    """The attention matrix alone would be 1 GiB."""
+    assert mebibytes(128, mode) < 256
+
+
+def test_second_derivatives_take_little():
+    assert mebibytes(96, "train", "second") < 512
