@@ -26,7 +26,7 @@ def prepare_backward_kernel(
     delta_ptr,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes u, dy and Δ of BLOCK_M tokens of one map.
@@ -39,9 +39,10 @@ def prepare_backward_kernel(
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
 
-    x_offsets = n * stride_xn + tile_offsets(offs_c, offs_m, stride_xc, stride_xl)
-    x = load_tile(x_ptr, x_offsets, offs_c, offs_m, C, num_tokens, True)
-    u = project_there_and_back(tl.trans(x), w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION)
+    u = project_there_and_back(
+        x_ptr + n * stride_xn, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale,
+        C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
+    )  # fmt: skip
     store_tile(u_ptr, y_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
 
     d_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -53,7 +54,7 @@ def prepare_backward_kernel(
         d_y = tl.dot(tl.trans(d_out), w_v, d_y, input_precision=INPUT_PRECISION)
     if gamma_ptr is not None:
         d_y *= tl.load(gamma_ptr).to(tl.float32)
-    d_y = tl.trans(d_y.to(x.dtype))
+    d_y = tl.trans(d_y.to(x_ptr.dtype.element_ty))
     store_tile(d_y_ptr, y_offsets, d_y, offs_c, offs_m, C, num_tokens)
 
     y = load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True)
@@ -142,9 +143,14 @@ def query_gradient_kernel(
     tl.store(delta_ptr + n * num_tokens + offs_m, delta + row_sum, mask=offs_m < num_tokens)
     y = tl.trans(load_tile(y_ptr + n * stride_yn, y_offsets, offs_c, offs_m, C, num_tokens, True))
     d_u = (acc - row_sum[:, None] * y.to(tl.float32)).to(u.dtype)
-    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    d_u_ptr += n * stride_yn
+    store_tile(d_u_ptr, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
     if d_x_ptr is not None:
-        d_x = tl.trans(project_there_and_back(d_u, w_k_ptr, None, w_q_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION))
+        tl.debug_barrier()  # every row of du is read back here, by other threads of this program
+        d_x = tl.trans(project_there_and_back(
+            d_u_ptr, stride_yc, stride_yl, offs_m, num_tokens, w_k_ptr, None, w_q_ptr, scale,
+            C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
+        ))  # fmt: skip
         if RESIDUAL:
             d_out_offsets = n * stride_gn + tile_offsets(offs_c, offs_m, stride_gc, stride_gl)
             d_x += load_tile(d_out_ptr, d_out_offsets, offs_c, offs_m, C, num_tokens, True)
@@ -271,7 +277,7 @@ def attention_backward(
         delta,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0],
-        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 

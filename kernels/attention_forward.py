@@ -47,25 +47,26 @@ def attention_forward_kernel(
     """One program computes the output of BLOCK_M query tokens of one map.
 
     x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
-    None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where nothing is kept for the backward pass;
-    lse_ptr (N, L) fp32, the base-2 log-sum-exp of the folded logits, or None together with y_ptr.
+    None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where it is not wanted; lse_ptr (N, L) fp32,
+    the base-2 log-sum-exp of the folded logits, or None.
 
-    With BLOCK_K < BLOCK_C a tile of folded queries is too wide to stay in registers. It waits in those rows of out that
-    this program alone will fill at its end, and the logits are summed BLOCK_K channels at a time.
+    With BLOCK_K < BLOCK_C a tile of tokens is too wide to stay in registers. The folded queries, and after them y, then lie
+    in this program's own rows of y_ptr, which must be given, and dots over channels take BLOCK_K of them at a time.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += n * stride_xn
 
-    query_offsets = tile_offsets(offs_c, offs_m, stride_xc, stride_xl)
-    x_m = load_tile(x_ptr, query_offsets, offs_c, offs_m, C, num_tokens, True)
-    u = project_there_and_back(tl.trans(x_m), w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_D, INPUT_PRECISION).to(x_m.dtype)
-
+    u = project_there_and_back(
+        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION
+    ).to(x_ptr.dtype.element_ty)
     out_ptr += n * stride_on
     out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
+    if y_ptr is not None:
+        y_ptr += n * stride_on
     if BLOCK_K < BLOCK_C:
-        store_tile(out_ptr, out_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
+        store_tile(y_ptr, out_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
         tl.debug_barrier()
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -76,30 +77,37 @@ def attention_forward_kernel(
     for start_n in range(0, full_tokens, BLOCK_N):
         keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, u, out_ptr, stride_oc, stride_ol, offs_m, num_tokens,
+            acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
             keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
         )  # fmt: skip
     if full_tokens < num_tokens:
         keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, u, out_ptr, stride_oc, stride_ol, offs_m, num_tokens,
+            acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
             keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
 
-    y = (acc / l_i[:, None]).to(x_m.dtype)
+    y = (acc / l_i[:, None]).to(x_ptr.dtype.element_ty)
+    if BLOCK_K < BLOCK_C:
+        tl.debug_barrier()  # the folded queries have been read for the last time
     if y_ptr is not None:
-        store_tile(y_ptr + n * stride_on, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
+        store_tile(y_ptr, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
+    if BLOCK_K < BLOCK_C:
+        tl.debug_barrier()
+    if lse_ptr is not None:
         tl.store(lse_ptr + n * num_tokens + offs_m, m_i * LOG2E + tl.log2(l_i), mask=offs_m < num_tokens)
 
     gamma = 1.0
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr).to(tl.float32)
-    if BLOCK_K < BLOCK_C:
-        tl.debug_barrier()  # the folded queries in out have been read for the last time
     for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
         offs_o = start_o + tl.arange(0, BLOCK_D)
-        w_v = load_rows(w_v_ptr, offs_o, offs_c, C, C)
-        branch = tl.dot(w_v, tl.trans(y), input_precision=INPUT_PRECISION)
+        if BLOCK_K < BLOCK_C:
+            branch = dot_over_channels(
+                w_v_ptr, 1, C, offs_o, C, y_ptr, stride_oc, stride_ol, offs_m, num_tokens, C, BLOCK_K, INPUT_PRECISION
+            )
+        else:
+            branch = tl.dot(load_rows(w_v_ptr, offs_o, offs_c, C, C), tl.trans(y), input_precision=INPUT_PRECISION)
         if b_v_ptr is not None:
             branch += tl.load(b_v_ptr + offs_o, mask=offs_o < C, other=0.0).to(tl.float32)[:, None]
         branch *= gamma
@@ -126,7 +134,8 @@ def attention_forward(
 ) -> None:
     """Fills `out` (N, C, L), and `y` (N, C, L) and `lse` (N, L) where given, from `x` (N, C, L).
 
-    Weights are contiguous, `out` and `y` share their strides; everything lies on one device.
+    Weights are contiguous, `out` and `y` share their strides; everything lies on one device. `y` must be given where
+    `config.steps_over_channels`.
     """
     num_maps, num_channels, num_tokens = x.shape
     grid = (num_maps * triton.cdiv(num_tokens, config.block_m),)

@@ -33,6 +33,10 @@ class LaunchConfig:
     num_stages: int
     input_precision: str
 
+    def steps_over_channels(self, num_channels: int) -> bool:
+        """Whether tiles of tokens are too wide to stay in registers, so that the forward kernel parks them in `y`."""
+        return self.block_k < block_channels(num_channels)
+
 
 @dataclass(frozen=True)
 class BackwardConfigs:

@@ -49,28 +49,6 @@ def load_rows(w_ptr, offs_rows, offs_cols, num_rows: tl.constexpr, num_cols: tl.
 
 
 @triton.jit
-def project_there_and_back(
-    tile, w_in_ptr, b_in_ptr, w_out_ptr, scale, C: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr
-):
-    """`scale · W_outᵀ (W_in t + b_in)` for each token t of `tile` (BLOCK_L, BLOCK_C), in fp32.
-
-    w_in_ptr (D, C), b_in_ptr (D) or None, w_out_ptr (D, C). D is walked BLOCK_D rows at a time, so neither a weight nor
-    the D-wide projection is ever whole. Forward it folds the keys' weight into the query, backward it takes that back.
-    """
-    offs_c = tl.arange(0, tile.shape[1])
-    acc = tl.zeros((tile.shape[0], tile.shape[1]), tl.float32)
-    for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        w_in = load_rows(w_in_ptr, offs_d, offs_c, D, C)
-        projected = tl.dot(tile, tl.trans(w_in), input_precision=INPUT_PRECISION)
-        if b_in_ptr is not None:
-            projected += tl.load(b_in_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
-        w_out = load_rows(w_out_ptr, offs_d, offs_c, D, C)
-        acc = tl.dot((projected * scale).to(tile.dtype), w_out, acc, input_precision=INPUT_PRECISION)
-    return acc
-
-
-@triton.jit
 def dot_over_channels(
     a_ptr, stride_ac, stride_al, offs_a, num_a, b_ptr, stride_bc, stride_bl, offs_b, num_b,
     C: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -85,6 +63,31 @@ def dot_over_channels(
         a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, True)
         b = load_tile(b_ptr, tile_offsets(offs_k, offs_b, stride_bc, stride_bl), offs_k, offs_b, C, num_b, True)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def project_there_and_back(
+    t_ptr, stride_tc, stride_tl, offs_l, num_tokens, w_in_ptr, b_in_ptr, w_out_ptr, scale,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`scale · W_outᵀ (W_in t + b_in)` for each token t of a tile of the map behind t_ptr (C, num_tokens): (BLOCK_L, BLOCK_C), fp32.
+
+    w_in_ptr (D, C), b_in_ptr (D) or None, w_out_ptr (D, C). D is walked BLOCK_D rows at a time, so neither a weight nor
+    the D-wide projection is ever whole. Forward it folds the keys' weight into the query, backward it takes that back.
+    """
+    offs_c = tl.arange(0, BLOCK_C)
+    acc = tl.zeros((offs_l.shape[0], BLOCK_C), tl.float32)
+    for start_d in tl.range(0, D, BLOCK_D, num_stages=1):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        # The rows of a weight are to its columns what tokens are to channels.
+        projected = dot_over_channels(
+            t_ptr, stride_tc, stride_tl, offs_l, num_tokens, w_in_ptr, 1, C, offs_d, D, C, BLOCK_K, INPUT_PRECISION
+        )
+        if b_in_ptr is not None:
+            projected += tl.load(b_in_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
+        w_out = load_rows(w_out_ptr, offs_d, offs_c, D, C)
+        acc = tl.dot((projected * scale).to(w_out.dtype), w_out, acc, input_precision=INPUT_PRECISION)
     return acc
 
 

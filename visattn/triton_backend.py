@@ -11,16 +11,16 @@ from .layout import empty_map_like
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the folded logits."""
+    config = kernels.forward_config(x.shape[1], x.dtype, kernel_target(x.device))
     out = empty_map_like(x)
-    y = empty_map_like(x).flatten(2) if save else None
+    y = empty_map_like(x).flatten(2) if save or config.steps_over_channels(x.shape[1]) else None
     lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save else None
     if x.numel():
-        config = kernels.forward_config(x.shape[1], x.dtype, kernel_target(x.device))
         with on_device_of(x):
             kernels.attention_forward(
                 x.flatten(2), *_contiguous(weights), out.flatten(2), y, lse, scale=scale, residual=residual, config=config
             )
-    return out, y, lse
+    return out, y if save else None, lse
 
 
 def backward(

@@ -1,0 +1,145 @@
+"""`visattn demo`: one CNN trained twice from the same seed, with the fused layer and with naive attention, side by side.
+
+Each runs in a process of its own, so that its peak memory is its own; the two take turns step by step, so that whatever
+else the machine is doing meets both alike and the ratio of their times is taken pair by pair.
+"""
+
+import json
+import multiprocessing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import data, report, training
+from .models import NaiveAttention, create_model
+from .modules import Attention, attention_rows, explain
+
+MODEL = "cnn_early_attention"
+LAYERS = {"fused": Attention, "naive": NaiveAttention}
+PIXEL = (16, 16)
+
+
+@dataclass(frozen=True)
+class Options:
+    steps: int
+    batch_size: int
+    seed: int
+    device: torch.device
+    out: Path
+
+
+@dataclass
+class Run:
+    """What one of the two trainings did."""
+
+    steps: list[training.Step]
+    accuracy: float = 0.0
+    memory_mib: float = 0.0
+    explanation: str = ""
+    picture: tuple[list, list] | None = None  # rows of an image and of its attention map
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+
+def run_demo(options: Options) -> None:
+    """Trains, prints one table, and writes it with the metrics and two pictures to `options.out`."""
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    workers = []
+    for kind in LAYERS:
+        pipes[kind], child = context.Pipe()
+        worker = context.Process(target=_work, args=(kind, options, child), daemon=True)
+        worker.start()
+        child.close()
+        workers.append(worker)
+    try:
+        runs = _take_turns(pipes, options, console)
+    except (EOFError, ConnectionError):
+        raise RuntimeError("a training process ended early; its own error stands above") from None
+    finally:
+        for worker in workers:
+            worker.terminate()
+    _write_report(runs, options, console)
+
+
+def _take_turns(pipes: dict[str, Connection], options: Options, console: Console) -> dict[str, Run]:
+    runs = {kind: Run([]) for kind in pipes}
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    ]  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"training {MODEL}", total=options.steps, losses="")
+        for _ in range(options.steps):
+            for kind, pipe in pipes.items():
+                pipe.send("step")
+                runs[kind].steps.append(pipe.recv())
+            losses = "  ".join(f"{kind} {run.losses[-1]:.4f}" for kind, run in runs.items())
+            progress.update(task, advance=1, losses=f"loss: {losses}")
+        progress.update(task, description="evaluating", losses="")
+        for kind, pipe in pipes.items():
+            pipe.send("finish")
+            run = runs[kind]
+            run.accuracy, run.memory_mib, run.explanation, run.picture = pipe.recv()
+    return runs
+
+
+def _work(kind: str, options: Options, pipe: Connection) -> None:
+    """One training process: does a step, or evaluates, whenever it is told to."""
+    torch.manual_seed(options.seed)
+    train_split, held_out = data.digits()
+    model = create_model(MODEL, attention=LAYERS[kind])
+    before = training.peak_memory_mib(options.device)
+    steps = training.train(model, train_split, batch_size=options.batch_size, seed=options.seed, device=options.device)
+    while pipe.recv() == "step":
+        pipe.send(next(steps))
+    memory = training.peak_memory_mib(options.device) - before
+    accuracy = training.accuracy(model, held_out, batch_size=options.batch_size, device=options.device)
+    explanation, picture = "naive: matrix products of PyTorch, by definition", None
+    if kind == "fused":
+        image = held_out.images[:1].to(options.device)
+        with torch.no_grad():
+            x = model[:2](image)  # type: ignore[index]
+            weights = attention_rows(model[2], x, torch.tensor([PIXEL], device=options.device))  # type: ignore[index]
+        explanation, picture = explain(model[2], x), (image[0, 0].tolist(), weights[0, 0].tolist())  # type: ignore[index]
+    pipe.send((accuracy, memory, explanation, picture))
+
+
+def _write_report(runs: dict[str, Run], options: Options, console: Console) -> None:
+    fused, naive = runs["fused"], runs["naive"]
+    difference = max(abs(a - b) / b for a, b in zip(fused.losses, naive.losses, strict=True))
+    # The first steps warm up allocators and caches.
+    pairs = list(zip(fused.steps, naive.steps, strict=True))[min(3, options.steps - 1) :]
+    faster = median(b.seconds / a.seconds for a, b in pairs)
+    times = {"fused": median(a.seconds for a, _ in pairs), "naive": median(b.seconds for _, b in pairs)}
+    rows = [
+        ["loss, first → last step", *(f"{r.losses[0]:.4f} → {r.losses[-1]:.4f}" for r in (fused, naive)), f"largest relative difference {difference:.1e}"],
+        ["held-out accuracy", *(f"{100 * r.accuracy:.2f} %" for r in (fused, naive)), f"{100 * (fused.accuracy - naive.accuracy):+.2f} points"],
+        ["time a step, median", *(f"{1000 * times[k]:.0f} ms" for k in ("fused", "naive")), f"{faster:.2f}× quicker, pair by pair"],
+        ["peak memory of training", *(f"{r.memory_mib:.0f} MiB" for r in (fused, naive)), f"{naive.memory_mib / max(fused.memory_mib, 1):.1f}× less"],
+    ]  # fmt: skip
+    header = ["", "fused", "naive", "fused against naive"]
+    title = f"{MODEL}, {options.steps} steps of {options.batch_size} digits, seed {options.seed}, fp32, {options.device}"
+    text = f"# {title}\n\n{report.markdown_table(header, rows)}\nfused: {fused.explanation}\n"
+    report.write(options.out / "table.md", text)
+    lines: list[dict[str, Any]] = []
+    for kind, run in runs.items():
+        lines += [{"layer": kind, "step": i, "loss": s.loss, "seconds": s.seconds} for i, s in enumerate(run.steps, 1)]
+        lines.append({"layer": kind, "accuracy": run.accuracy, "peak_memory_mib": run.memory_mib, "explanation": run.explanation})
+    report.write(options.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    report.loss_curves(options.out / "loss.png", {"naive": naive.losses, "fused": fused.losses}, title)
+    assert fused.picture is not None
+    image, weights = map(torch.tensor, fused.picture)
+    report.attention_map(options.out / "attention.png", image, weights, PIXEL, f"{MODEL} after {options.steps} steps")
+    console.print(f"\n{text}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Written to {options.out}: table.md, metrics.jsonl, loss.png, attention.png", highlight=False, markup=False)
