@@ -8,7 +8,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,7 @@ def layer_launches(
             x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
             scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
         )  # fmt: skip
-        d_u = kernels.attention_backward(
-            x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs
-        )
+        d_u = kernels.attention_backward(x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs)
         kernels.token_moments(d_u, x, config=configs.token_moments)
     return launches
 
@@ -196,5 +194,5 @@ def _read_amd(name: str, compiled: Any, device: Device) -> Compiled:
 
 
 def _run_tool(name: str, *arguments: str) -> str:
-    tool: Callable[[], Any] = getattr(triton.knobs.nvidia, name).path if hasattr(triton.knobs.nvidia, name) else name
-    return subprocess.run([str(tool), *arguments], check=True, capture_output=True, text=True).stdout
+    tool = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout

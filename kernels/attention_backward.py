@@ -74,7 +74,7 @@ def accumulate_query_gradient(
     u_ptr and d_y_ptr (C, num_queries).
     """
     x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
-    if BLOCK_K < offs_c.shape[0]:
+    if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )
@@ -178,7 +178,7 @@ def accumulate_key_value_gradient(
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    if BLOCK_K < offs_c.shape[0]:
+    if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             x_ptr, stride_xc, stride_xl, offs_n, num_keys, u_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
         )

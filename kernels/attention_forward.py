@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels
-from .primitives import LOG2E, attend_tile, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+from .primitives import (
+    LOG2E,
+    attend_tile,
+    dot_over_channels,
+    load_rows,
+    load_tile,
+    locate,
+    project_there_and_back,
+    store_tile,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -24,7 +34,7 @@ def attend_keys(
     The queries are u (BLOCK_M, BLOCK_C), or, where that is too wide to keep, lie behind u_ptr (C, num_queries).
     """
     x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
-    if BLOCK_K < offs_c.shape[0]:
+    if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_uc, stride_ul, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )
@@ -139,6 +149,7 @@ def attention_forward(
     """
     num_maps, num_channels, num_tokens = x.shape
     grid = (num_maps * triton.cdiv(num_tokens, config.block_m),)
+    block_c = block_channels(num_channels)
     attention_forward_kernel[grid](
         x, *x.stride(),
         w_q, b_q, w_k, w_v, b_v, gamma,
@@ -146,6 +157,6 @@ def attention_forward(
         lse,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_channels(num_channels), BLOCK_K=min(config.block_k, block_channels(num_channels)), BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+
 @dataclass(frozen=True)
 class Target:
     """What the choice of block sizes depends on besides the problem.

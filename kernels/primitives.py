@@ -58,7 +58,7 @@ def dot_over_channels(
     BLOCK_K channels at a time come from memory: for maps with so many channels that no whole tile fits into registers.
     """
     acc = tl.zeros((offs_a.shape[0], offs_b.shape[0]), tl.float32)
-    for start_k in range(0, C, BLOCK_K):
+    for start_k in tl.range(0, C, BLOCK_K, loop_unroll_factor=1, disable_licm=True):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, True)
         b = load_tile(b_ptr, tile_offsets(offs_k, offs_b, stride_bc, stride_bl), offs_k, offs_b, C, num_b, True)

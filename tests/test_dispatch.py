@@ -28,9 +28,7 @@ def test_auto_takes_the_pytorch_path_and_logs_the_reason_once(x, caplog):
         for _ in range(3):
             module(x)
     assert set(ran) == {"torch"}
-    assert [r.getMessage() for r in caplog.records] == [
-        "running on the PyTorch path: the kernels need a CUDA or ROCm device, x is on cpu"
-    ]
+    assert [r.getMessage() for r in caplog.records] == ["running on the PyTorch path: the kernels need a CUDA or ROCm device, x is on cpu"]
 
 
 @on_plain_cpu

@@ -12,7 +12,7 @@ from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS, attention, by_han
 
 @functools.cache
 def gate_problems() -> list[tuple[list[Problem], Results, Results]]:
-    """Problems with their truth and what eager makes of them: both regimes, a map that is not square and fills no tile, the mask trap, with and without the residual."""
+    """Problems, each with the truth and what eager makes of it: both regimes and the mask trap, with and without the residual."""
     shape = (2, 20, 7, 9)
     uniform, peaked = make_problems(shape), make_problems(shape, regime="peaked")
     gamma = torch.tensor([0.7])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import torch_backend
-from .folding import Weights, weight_gradients
+from .folding import Gradients, Weights, weight_gradients
 from .second_order import backward_of_backward
 
 
@@ -42,14 +42,14 @@ def compute_forward(x: Tensor, weights: Weights, settings: Settings, save: bool)
 
 def compute_backward(
     d_out: Tensor, x: Tensor, weights: Weights, y: Tensor, lse: Tensor | None, settings: Settings, need_x: bool, need_weights: bool
-) -> tuple[Tensor | None, Weights]:
+) -> tuple[Tensor | None, Gradients]:
     """The gradients of x and of every weight, None where not needed."""
     with _without_autocast(x):
         d_x, moments = implementation(settings.backend).backward(
             x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights
         )
         if moments is None:
-            return d_x, Weights(*[None] * len(weights))  # type: ignore[arg-type]
+            return d_x, (None,) * len(weights)
         return d_x, weight_gradients(weights, moments, settings.scale)
 
 
@@ -104,7 +104,7 @@ class SelfAttentionBackward(torch.autograd.Function):
         settings = ctx.settings
         with _without_autocast(x):
             phi_d_out, phi_x, phi_weights = backward_of_backward(
-                d_out, x, Weights(*weights), v_x, Weights(*v_weights), settings.scale, settings.residual
+                d_out, x, Weights(*weights), v_x, v_weights, settings.scale, settings.residual
             )
         # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
         return phi_d_out, phi_x, *phi_weights, None, None, None, None, None

@@ -6,6 +6,7 @@ else the machine is doing meets both alike and the ratio of their times is taken
 
 import json
 import multiprocessing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -116,30 +117,34 @@ def _work(kind: str, options: Options, pipe: Connection) -> None:
 
 
 def _write_report(runs: dict[str, Run], options: Options, console: Console) -> None:
-    fused, naive = runs["fused"], runs["naive"]
-    difference = max(abs(a - b) / b for a, b in zip(fused.losses, naive.losses, strict=True))
-    # The first steps warm up allocators and caches.
-    pairs = list(zip(fused.steps, naive.steps, strict=True))[min(3, options.steps - 1) :]
-    faster = median(b.seconds / a.seconds for a, b in pairs)
-    times = {"fused": median(a.seconds for a, _ in pairs), "naive": median(b.seconds for _, b in pairs)}
-    rows = [
-        ["loss, first → last step", *(f"{r.losses[0]:.4f} → {r.losses[-1]:.4f}" for r in (fused, naive)), f"largest relative difference {difference:.1e}"],
-        ["held-out accuracy", *(f"{100 * r.accuracy:.2f} %" for r in (fused, naive)), f"{100 * (fused.accuracy - naive.accuracy):+.2f} points"],
-        ["time a step, median", *(f"{1000 * times[k]:.0f} ms" for k in ("fused", "naive")), f"{faster:.2f}× quicker, pair by pair"],
-        ["peak memory of training", *(f"{r.memory_mib:.0f} MiB" for r in (fused, naive)), f"{naive.memory_mib / max(fused.memory_mib, 1):.1f}× less"],
-    ]  # fmt: skip
-    header = ["", "fused", "naive", "fused against naive"]
     title = f"{MODEL}, {options.steps} steps of {options.batch_size} digits, seed {options.seed}, fp32, {options.device}"
-    text = f"# {title}\n\n{report.markdown_table(header, rows)}\nfused: {fused.explanation}\n"
+    table = report.markdown_table(["", *runs, "fused against naive"], _rows(runs["fused"], runs["naive"]))
+    text = f"# {title}\n\n{table}\nfused: {runs['fused'].explanation}\n"
     report.write(options.out / "table.md", text)
-    lines: list[dict[str, Any]] = []
-    for kind, run in runs.items():
-        lines += [{"layer": kind, "step": i, "loss": s.loss, "seconds": s.seconds} for i, s in enumerate(run.steps, 1)]
-        lines.append({"layer": kind, "accuracy": run.accuracy, "peak_memory_mib": run.memory_mib, "explanation": run.explanation})
-    report.write(options.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    report.loss_curves(options.out / "loss.png", {"naive": naive.losses, "fused": fused.losses}, title)
-    assert fused.picture is not None
-    image, weights = map(torch.tensor, fused.picture)
+    report.write(options.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _metrics(runs)))
+    report.loss_curves(options.out / "loss.png", {kind: runs[kind].losses for kind in ("naive", "fused")}, title)
+    picture = runs["fused"].picture
+    assert picture is not None
+    image, weights = map(torch.tensor, picture)
     report.attention_map(options.out / "attention.png", image, weights, PIXEL, f"{MODEL} after {options.steps} steps")
     console.print(f"\n{text}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Written to {options.out}: table.md, metrics.jsonl, loss.png, attention.png", highlight=False, markup=False)
+
+
+def _rows(fused: Run, naive: Run) -> list[list[str]]:
+    difference = max(abs(a - b) / b for a, b in zip(fused.losses, naive.losses, strict=True))
+    ratio = median(b.seconds / a.seconds for a, b in zip(fused.steps, naive.steps, strict=True))
+    comparisons = {
+        "loss, first → last step": (lambda run: f"{run.losses[0]:.4f} → {run.losses[-1]:.4f}", f"relative difference ≤ {difference:.1e}"),
+        "held-out accuracy": (lambda run: f"{100 * run.accuracy:.2f} %", f"{100 * (fused.accuracy - naive.accuracy):+.2f} points"),
+        "time a step, median": (lambda run: f"{1000 * median(s.seconds for s in run.steps):.0f} ms", f"{ratio:.2f}× quicker, pair by pair"),
+        "peak memory of training": (lambda run: f"{run.memory_mib:.0f} MiB", f"{naive.memory_mib / fused.memory_mib:.1f}× less"),
+    }  # fmt: skip
+    return [[name, cell(fused), cell(naive), verdict] for name, (cell, verdict) in comparisons.items()]
+
+
+def _metrics(runs: dict[str, Run]) -> Iterator[dict[str, Any]]:
+    for kind, run in runs.items():
+        for number, step in enumerate(run.steps, 1):
+            yield {"layer": kind, "step": number, "loss": step.loss, "seconds": step.seconds}
+        yield {"layer": kind, "accuracy": run.accuracy, "peak_memory_mib": run.memory_mib, "explanation": run.explanation}

@@ -53,9 +53,7 @@ def self_attention_2d(
     operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
     narrow_x = operands[0]
     assert narrow_x is not None
-    settings = autograd.Settings(
-        settings_scale, residual and not add_afterwards, dispatch.select_backend(narrow_x, qk_channels, backend)
-    )
+    settings = autograd.Settings(settings_scale, residual and not add_afterwards, dispatch.select_backend(narrow_x, qk_channels, backend))
     out = _run(settings, *operands)  # type: ignore[arg-type]
     return x + out if add_afterwards else out
 
@@ -83,9 +81,7 @@ def _run(
     return autograd.compute_forward(x, weights, settings, save=False)[0]
 
 
-def attention_rows(
-    x: Tensor, w_q: Tensor, w_k: Tensor, pixels: Tensor, b_q: Tensor | None = None, *, scale: float | None = None
-) -> Tensor:
+def attention_rows(x: Tensor, w_q: Tensor, w_k: Tensor, pixels: Tensor, b_q: Tensor | None = None, *, scale: float | None = None) -> Tensor:
     """The attention maps of chosen pixels: row `softmax(scale · q_i kᵀ)` of the attention matrix for each of them.
 
     Args:

@@ -108,10 +108,8 @@ def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 @once_differentiable
 def _differentiate_backward(ctx: Any, v_x: Tensor, *v_weights: Tensor) -> tuple:
     d_out, x, *weights = ctx.saved_tensors
-    cotangents = (v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True))
-    phi_d_out, phi_x, phi_weights = backward_of_backward(
-        d_out, x, Weights(*weights), v_x if ctx.need_x else None, Weights(*cotangents), *ctx.scalars
-    )
+    cotangents = tuple(v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True))
+    phi_d_out, phi_x, phi_weights = backward_of_backward(d_out, x, Weights(*weights), v_x if ctx.need_x else None, cotangents, *ctx.scalars)
     return phi_d_out, phi_x, *phi_weights, *(None,) * 7
 
 

@@ -1,11 +1,16 @@
 """Tables and pictures. Every file is written whole or not at all."""
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -34,9 +39,9 @@ def loss_curves(path: Path, curves: dict[str, list[float]], title: str) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    styles = [{"linewidth": 5, "alpha": 0.35}, {"linewidth": 1.4}]
-    for (name, losses), style in zip(curves.items(), styles, strict=True):
-        axes.plot(range(1, len(losses) + 1), losses, label=name, **style)
+    for i, (name, losses) in enumerate(curves.items()):
+        last = i == len(curves) - 1
+        axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=1.4 if last else 5, alpha=1.0 if last else 0.35)
     axes.set(xlabel="step", ylabel="training loss (cross-entropy)", title=title, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -59,9 +64,7 @@ def attention_map(path: Path, image: Tensor, weights: Tensor, pixel: tuple[int, 
     _save(figure, path)
 
 
-def _save(figure: "object", path: Path) -> None:
-    import io
-
+def _save(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)  # type: ignore[attr-defined]
+    figure.savefig(buffer, format="png", dpi=120)
     write(path, buffer.getvalue())

@@ -8,15 +8,15 @@ differentiable operations; φ is a sum over query rows, so it is differentiated 
 import torch
 from torch import Tensor
 
-from .folding import Weights
+from .folding import Gradients, Weights
 
 SCORES_AT_ONCE = 1 << 20
 """Elements of one chunk of the attention matrix; the graph of a chunk holds about a dozen of its size."""
 
 
 def backward_of_backward(
-    d_out: Tensor, x: Tensor, weights: Weights, v_x: Tensor | None, v_weights: Weights, scale: float, residual: bool
-) -> tuple[Tensor, Tensor, Weights]:
+    d_out: Tensor, x: Tensor, weights: Weights, v_x: Tensor | None, v_weights: Gradients, scale: float, residual: bool
+) -> tuple[Tensor, Tensor, Gradients]:
     """Gradients of φ by d_out (N, C, H, W), x (N, C, H, W) and each weight, in fp32 or wider arithmetic.
 
     `v_x` and `v_weights` are the cotangents of the backward pass's results, None where there is none.
@@ -24,7 +24,7 @@ def backward_of_backward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     tokens, g = (t.flatten(2).to(dtype) for t in (x, d_out))
     v_tokens = torch.zeros_like(tokens) if v_x is None else v_x.flatten(2).to(dtype)
-    wide = Weights(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+    wide = weights.map(lambda w: w.to(dtype))
     tangents = Weights(*(_tangent(v, w) for v, w in zip(v_weights, wide, strict=True)))  # type: ignore[arg-type]
 
     length = tokens.shape[2]
@@ -38,7 +38,7 @@ def backward_of_backward(
             rows = slice(row, row + rows_at_once)
             with torch.enable_grad():
                 keys = tokens[maps].detach().requires_grad_()
-                leaves = Weights(*(None if w is None else w.detach().requires_grad_() for w in wide))  # type: ignore[arg-type]
+                leaves = wide.map(lambda w: w.detach().requires_grad_())
                 tangent = _tangent_of_rows(keys, v_tokens[maps], rows, leaves, tangents, scale)
                 phi = (g[maps, :, rows] * tangent).sum()
                 wanted = [keys, *(w for w in leaves if w is not None)]
@@ -50,7 +50,7 @@ def backward_of_backward(
                     _add(total, next(gradients))
     if residual:
         phi_d_out += v_tokens
-    shaped = Weights(*(None if t is None else t.to(w.dtype) for t, w in zip(phi_weights, weights, strict=True)))  # type: ignore[arg-type, union-attr]
+    shaped = tuple(None if w is None or t is None else t.to(w.dtype) for t, w in zip(phi_weights, weights, strict=True))
     return phi_d_out.view(x.shape).to(d_out.dtype), phi_tokens.view(x.shape).to(x.dtype), shaped
 
 

@@ -18,7 +18,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     if x.numel():
         with on_device_of(x):
             kernels.attention_forward(
-                x.flatten(2), *_contiguous(weights), out.flatten(2), y, lse, scale=scale, residual=residual, config=config
+                x.flatten(2), *weights.map(Tensor.contiguous), out.flatten(2), y, lse, scale=scale, residual=residual, config=config
             )
     return out, y if save else None, lse
 
@@ -44,7 +44,7 @@ def backward(
 
     configs = kernels.backward_configs(channels, x.dtype, kernel_target(x.device))
     tokens, g = x.flatten(2), d_out.flatten(2)
-    w_q, b_q, w_k, w_v, _, gamma = _contiguous(weights)
+    w_q, b_q, w_k, w_v, _, gamma = weights.map(Tensor.contiguous)
     with on_device_of(x):
         d_u = kernels.attention_backward(
             tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, None if d_x is None else d_x.flatten(2),
@@ -55,7 +55,3 @@ def backward(
         query, query_total = kernels.token_moments(d_u, tokens, config=configs.token_moments)
         value, value_total = kernels.token_moments(g, y, config=configs.token_moments)
     return d_x, Moments(query, query_total, value, value_total)
-
-
-def _contiguous(weights: Weights) -> Weights:
-    return Weights(*(None if w is None else w.contiguous() for w in weights))  # type: ignore[arg-type]

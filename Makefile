@@ -1,0 +1,47 @@
+# Everything a person runs: make demo, make test. Each makes .venv by itself.
+
+PYTHON ?= python3
+VENV := .venv
+COMPAT := .venv-compat
+IN := $(VENV)/bin/
+CONSTRAINTS := constraints.txt
+
+.PHONY: demo test test-all test-compat lint clean
+
+demo: $(VENV)/installed
+	$(IN)python -m visattn demo
+
+test: lint
+	$(IN)python -m pytest -n 2 -m "not full"
+	TRITON_INTERPRET=1 $(IN)python -m pytest -n 2 -m "kernels and not full"
+
+# The long form: every kernel × configuration × dtype × device, ahead of time.
+test-all: lint
+	$(IN)python -m pytest -n 2
+	TRITON_INTERPRET=1 $(IN)python -m pytest -n 2 -m kernels
+
+# The oldest supported versions; Triton 3.6's interpreter needs numpy < 2.4.
+test-compat: $(COMPAT)/installed
+	$(COMPAT)/bin/python -m pytest -n 2 -m "not full"
+	TRITON_INTERPRET=1 $(COMPAT)/bin/python -m pytest -n 2 -m "kernels and not full"
+
+lint: $(VENV)/installed
+	$(IN)ruff check .
+	$(IN)ruff format --check .
+	$(IN)mypy
+
+# torch and torchvision come as the CUDA build of the registry; it runs on a CPU as well.
+$(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(IN)python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools wheel
+	$(IN)python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+$(COMPAT)/installed: setup.py pyproject.toml constraints-compat.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-compat.txt setuptools wheel
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-compat.txt --no-build-isolation --editable ".[train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,1 @@
+"""Measurement. Nothing imports it but its own tests."""

@@ -1,0 +1,85 @@
+"""Every kernel as its launcher would start it, compiled for devices that are not here.
+
+Each must compile, spill no register, fit the device's shared memory and use its matrix instructions.
+"""
+
+import pytest
+import torch
+
+from .conftest import INTERPRETING
+
+if INTERPRETING:
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from bench.ahead_of_time import DEVICES, compile_launch, layer_launches  # noqa: E402
+
+# dtype, and for fp32 whether PyTorch's switch says "highest"
+PRECISIONS = {
+    "fp16": (torch.float16, True),
+    "bf16": (torch.bfloat16, True),
+    "fp32 highest": (torch.float32, True),
+    "fp32 high": (torch.float32, False),
+}
+KERNELS = [
+    "attention_forward_kernel",
+    "prepare_backward_kernel",
+    "query_gradient_kernel",
+    "key_value_gradient_kernel",
+    "token_moments_kernel",
+]
+
+
+def check(name: str, precision: str, channels: int, *, tokens: int = 1024, channels_last: bool = False) -> None:
+    device = DEVICES[name]
+    dtype, highest = PRECISIONS[precision]
+    launches = layer_launches(device, dtype, channels, tokens, highest=highest, channels_last=channels_last)
+    assert [launch.name for launch in launches] == KERNELS
+    problems = []
+    for launch in launches:
+        compiled = compile_launch(launch, device)
+        if compiled.spills:
+            problems.append(f"{launch.name} spills {compiled.spills} ({compiled.registers} registers)")
+        if compiled.shared_memory > device.shared_memory:
+            problems.append(f"{launch.name} takes {compiled.shared_memory} bytes of shared memory, {name} has {device.shared_memory}")
+        if not compiled.matrix_instructions:
+            problems.append(f"{launch.name} has no matrix instruction")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "channels"),
+    [
+        ("sm_90", "bf16", 64), ("sm_90", "fp16", 128), ("sm_90", "fp32 highest", 64), ("sm_90", "fp32 high", 64), ("sm_90", "bf16", 256),
+        ("sm_80", "bf16", 64), ("sm_86", "fp16", 64), ("sm_86", "fp32 high", 64), ("sm_89", "bf16", 32), ("sm_100", "bf16", 64),
+        ("sm_120", "bf16", 64), ("gfx942", "fp16", 64), ("gfx942", "fp32 highest", 64),
+    ],
+)  # fmt: skip
+def test_representative(name, precision, channels):
+    check(name, precision, channels)
+
+
+@pytest.mark.parametrize("channels", [20, 48])
+def test_channels_that_are_no_power_of_two(channels):
+    check("sm_90", "bf16", channels, tokens=49)
+
+
+def test_channels_last():
+    check("sm_90", "bf16", 64, channels_last=True)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels", [16, 20, 32, 48, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration(name, precision, channels):
+    check(name, precision, channels)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels", [16, 64, 128, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_in_channels_last(name, precision, channels):
+    check(name, precision, channels, channels_last=True)
