@@ -27,33 +27,34 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """One compilation target: its name, what Triton calls it, the shared memory a program may use, and its matrix instructions."""
+    """One compilation target: its names here, in Triton and in `kernels.Target`, a program's shared memory, its matrix instructions."""
 
     name: str
     target: GPUTarget
+    architecture: str
     shared_memory: int
     matrix_instruction: str
 
     def kernel_target(self, highest: bool) -> kernels.Target:
         """What `visattn.device.kernel_target` would say on this device."""
         fp32 = "ieee" if self.target.backend == "hip" else "bf16x6" if highest else "tf32"
-        return kernels.Target(self.shared_memory, fp32)
+        return kernels.Target(self.architecture, fp32)
 
 
-def _cuda(capability: int, shared_kib: int, matrix_instruction: str) -> Device:
-    return Device(f"sm_{capability}", GPUTarget("cuda", capability, 32), shared_kib * KIB, matrix_instruction)
+def _cuda(capability: int, architecture: str, shared_kib: int, matrix_instruction: str) -> Device:
+    return Device(f"sm_{capability}", GPUTarget("cuda", capability, 32), architecture, shared_kib * KIB, matrix_instruction)
 
 
 DEVICES = {
     device.name: device
     for device in (
-        _cuda(80, 163, r"\bHMMA"),
-        _cuda(86, 99, r"\bHMMA"),
-        _cuda(89, 99, r"\bHMMA"),
-        _cuda(90, 227, r"\bHGMMA"),
-        _cuda(100, 227, r"\bUTC\w*MMA"),
-        _cuda(120, 99, r"\bHMMA"),
-        Device("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, r"v_mfma"),
+        _cuda(80, "ampere", 163, r"\bHMMA"),
+        _cuda(86, "ampere", 99, r"\bHMMA"),
+        _cuda(89, "ampere", 99, r"\bHMMA"),
+        _cuda(90, "hopper", 227, r"\bHG?MMA"),
+        _cuda(100, "blackwell", 227, r"\b(UTC\w*MMA|HMMA)"),
+        _cuda(120, "ampere", 99, r"\bHMMA"),
+        Device("gfx942", GPUTarget("hip", "gfx942", 64), "cdna", 64 * KIB, r"v_mfma"),
     )
 }
 
@@ -89,7 +90,7 @@ def caught_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        options = {name: kwargs.pop(name) for name in set(kwargs) - set(self.arg_names)}
         launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
 
     with mock.patch.object(JITFunction, "run", catch):

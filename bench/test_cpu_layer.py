@@ -5,6 +5,7 @@ pairs: absolute times drift with whatever else the machine does, pairs do not. A
 """
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ TARGETS = [((64, 64, 32, 32), 2.2, 1.5), ((64, 32, 32, 32), 2.2, 1.5), ((64, 128
 @pytest.mark.parametrize(
     "shape, forward_target, training_target", TARGETS, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
 )
-def test_ratio_to_naive(benchmark, shape, forward_target, training_target, mode):
+def test_ratio_to_naive(benchmark: Any, shape: tuple[int, ...], forward_target: float, training_target: float, mode: str) -> None:
     torch.manual_seed(0)
     ours, naive = visattn.Attention(shape[1]), NaiveAttention(shape[1])
     naive.load_state_dict(ours.state_dict())

@@ -73,7 +73,7 @@ def accumulate_query_gradient(
     The queries and their gradient of y are u and d_y (BLOCK_M, BLOCK_C), or, where those are too wide to keep, lie behind
     u_ptr and d_y_ptr (C, num_queries).
     """
-    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
+    offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
     if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
@@ -81,7 +81,9 @@ def accumulate_query_gradient(
         d_p = dot_over_channels(
             d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )
+        x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
     else:
+        x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
         logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
         d_p = tl.dot(d_y, x, input_precision=INPUT_PRECISION)
     d_s = tl.exp2(logits * LOG2E - lse[:, None]) * (d_p - delta[:, None])
@@ -169,15 +171,6 @@ def accumulate_key_value_gradient(
     The keys are x_n (BLOCK_N, BLOCK_C), or, where that is too wide to keep, lie behind x_ptr (C, num_keys).
     """
     offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
-    d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
-    if MASK_TOKENS:
-        # A query that does not exist has an infinite lse, so each of its weights is exp2(-inf) = 0.
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_queries, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
     if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             x_ptr, stride_xc, stride_xl, offs_n, num_keys, u_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
@@ -185,9 +178,20 @@ def accumulate_key_value_gradient(
         d_p = dot_over_channels(
             x_ptr, stride_xc, stride_xl, offs_n, num_keys, d_y_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
         )
+        u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
+        d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
     else:
+        u = load_tile(u_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
+        d_y = load_tile(d_y_ptr, offsets, offs_c, offs_m, C, num_queries, MASK_TOKENS)
         logits = tl.dot(x_n, u, input_precision=INPUT_PRECISION)
         d_p = tl.dot(x_n, d_y, input_precision=INPUT_PRECISION)
+    if MASK_TOKENS:
+        # A query that does not exist has an infinite lse, so each of its weights is exp2(-inf) = 0.
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < num_queries, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < num_queries, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
     p = tl.exp2(logits * LOG2E - lse[None, :])
     d_s = p * (d_p - delta[None, :])
     acc = tl.dot(p.to(u.dtype), tl.trans(d_y), acc, input_precision=INPUT_PRECISION)
@@ -278,7 +282,7 @@ def attention_backward(
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0],
         BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
@@ -292,7 +296,7 @@ def attention_backward(
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
     if d_x is not None:
@@ -305,6 +309,6 @@ def attention_backward(
             num_tokens,
             C=num_channels,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-            INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            INPUT_PRECISION=config.input_precision, **config.options,
         )  # fmt: skip
     return d_u

@@ -33,12 +33,14 @@ def attend_keys(
 
     The queries are u (BLOCK_M, BLOCK_C), or, where that is too wide to keep, lie behind u_ptr (C, num_queries).
     """
-    x = load_tile(x_ptr, tile_offsets(offs_c, offs_n, stride_xc, stride_xl), offs_c, offs_n, C, num_keys, MASK_TOKENS)
+    offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
     if offs_c.shape[0] > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_uc, stride_ul, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )
+        x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
     else:
+        x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
         logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
     return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION)
 
@@ -158,5 +160,5 @@ def attention_forward(
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The block sizes of every kernel: the only ones in the repository, chosen by a pure function."""
+"""The block sizes of every kernel: the only ones in the repository, chosen by a pure function.
+
+They come from compiling for each class of devices and reading registers, spills and shared memory; none has been timed yet.
+"""
 
 from dataclasses import dataclass
 
@@ -9,11 +12,12 @@ import torch
 class Target:
     """What the choice of block sizes depends on besides the problem.
 
-    `shared_memory` is what one program may use, in bytes. `fp32_precision` is how a dot of fp32 operands is computed
-    (`input_precision` of `tl.dot`).
+    `architecture` is "hopper" (sm_90), "blackwell" (sm_100), "cdna" (AMD) or "ampere" (sm_80, 86, 89, 120 and what is not listed:
+    mma.sync and at most 99 KB of shared memory).
+    `fp32_precision` is how a dot of fp32 operands is computed (`input_precision` of `tl.dot`).
     """
 
-    shared_memory: int
+    architecture: str
     fp32_precision: str
 
 
@@ -23,7 +27,8 @@ class LaunchConfig:
 
     block_m: query tokens a program, for `token_moments` channels of the left factor. block_n: key tokens a step, for
     `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens taken at once; fewer than the
-    map has means that they are read from memory step by step. block_d: rows of a weight a step.
+    map has means that they are read from memory step by step. block_d: rows of a weight a step. max_registers: of a
+    thread, where the assembler's own choice would spill; NVIDIA only.
     """
 
     block_m: int
@@ -33,6 +38,15 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     input_precision: str
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The compiler's options, as a launch takes them. Fusing a multiply and an add is asked for, not left to a default."""
+        options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
     def steps_over_channels(self, num_channels: int) -> bool:
         """Whether tiles of tokens are too wide to stay in registers, so that the forward kernel parks them in `y`."""
@@ -44,8 +58,8 @@ class BackwardConfigs:
     """One configuration for each kernel of the backward pass."""
 
     prepare: LaunchConfig
-    key_value_gradient: LaunchConfig
     query_gradient: LaunchConfig
+    key_value_gradient: LaunchConfig
     token_moments: LaunchConfig
 
 
@@ -55,22 +69,100 @@ def block_channels(num_channels: int) -> int:
 
 
 def forward_config(num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
-    return _config("forward", num_channels, dtype, target)
+    """The configuration of `attention_forward` for maps of `num_channels`, 1 to 256."""
+    return _configs(num_channels, dtype, target)[0]
 
 
 def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> BackwardConfigs:
-    return BackwardConfigs(
-        prepare=_config("prepare", num_channels, dtype, target),
-        key_value_gradient=_config("key_value_gradient", num_channels, dtype, target),
-        query_gradient=_config("query_gradient", num_channels, dtype, target),
-        token_moments=_config("token_moments", num_channels, dtype, target),
-    )
+    """The configurations of `attention_backward` and `token_moments` for maps of `num_channels`, 1 to 256."""
+    return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
-def _config(kernel: str, num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
-    block_c = block_channels(num_channels)
-    if dtype == torch.float32:
-        sizes = (32, 32, 32, 16, 8, 1) if block_c > 64 else (64, 32, 64, 16, 4, 2)
+def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
+    if dtype != torch.float32:
+        operands, precision = "half", "ieee"
     else:
-        sizes = (64, 64, 256, 32, 4, 2) if block_c <= 128 else (64, 32, 64, 32, 8, 2)
-    return LaunchConfig(*sizes, input_precision=target.fp32_precision if dtype == torch.float32 else "ieee")
+        operands, precision = ("tf32" if target.fp32_precision == "tf32" else "fp32"), target.fp32_precision
+    row = _TABLE[target.architecture, operands][block_channels(num_channels)]
+    configs = []
+    for block_m, block_n, block_k, block_d, num_warps, num_stages, *registers in row:
+        max_registers = registers[0] if registers else None
+        configs.append(LaunchConfig(block_m, block_n, block_k, block_d, num_warps, num_stages, precision, max_registers))
+    return configs
+
+
+_Sizes = tuple[int, ...]
+_Row = tuple[_Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
+
+ALL = 256  # a tile of tokens stays in registers with all its channels
+
+# (architecture, operands) → channels of a tile → one entry for each kernel, in the order
+#     forward, prepare, query gradient, key and value gradient, token moments,
+# and each entry (block_m, block_n, block_k, block_d, num_warps, num_stages[, max_registers]).
+_TABLE: dict[tuple[str, str], dict[int, _Row]] = {
+    ("hopper", "half"): {
+        16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 4, 1), (64, 64, ALL, 32, 4, 2)),
+    },
+    ("hopper", "tf32"): {
+        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
+    },
+    ("hopper", "fp32"): {
+        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 32, ALL, 16, 4, 2, 255), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2),
+             (32, 64, ALL, 16, 4, 2, 255), (32, 32, ALL, 32, 4, 2)),
+        64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+        256: ((32, 16, 16, 16, 8, 1), (32, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
+              (16, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
+    },
+    ("ampere", "half"): {
+        16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 1), (64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (32, 32, 64, 32, 8, 1), (32, 32, 64, 32, 8, 1), (64, 64, ALL, 32, 8, 2)),
+    },
+    ("ampere", "tf32"): {
+        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
+        256: ((16, 32, 64, 16, 8, 1, 255), (32, 64, 64, 16, 8, 1), (16, 16, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
+    },
+    ("ampere", "fp32"): {
+        16: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 4, 1), (32, 64, ALL, 16, 4, 1), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (64, 32, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (32, 32, ALL, 32, 4, 2)),
+        64: ((32, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (32, 32, 32, 16, 8, 1), (32, 32, 16, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
+        128: ((32, 32, 16, 16, 8, 1), (64, 64, 32, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+        256: ((32, 16, 16, 16, 8, 1, 255), (32, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
+              (16, 32, 16, 16, 8, 1, 255), (64, 32, ALL, 32, 8, 1)),
+    },
+    ("cdna", "half"): {
+        16: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 32, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 32, 4, 2), (32, 32, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2)),
+    },
+    ("cdna", "fp32"): {
+        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        256: ((16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
+    },
+}  # fmt: skip
+
+# Blackwell takes Hopper's sizes, but for one kernel that would spill there.
+_TABLE |= {("blackwell", operands): _TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
+_TABLE["blackwell", "half"] = _TABLE["hopper", "half"] | {
+    256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
+}

@@ -65,6 +65,6 @@ def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConf
         product, total,
         num_tiles, tiles_per_split, num_tokens,
         C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
-        INPUT_PRECISION=config.input_precision, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return product.sum(0), total.sum(0)

@@ -11,7 +11,7 @@ from .conftest import INTERPRETING
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches  # noqa: E402
+from bench.ahead_of_time import DEVICES, compile_launch, layer_launches
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
 PRECISIONS = {

@@ -43,17 +43,18 @@ def kernel_target(device: torch.device) -> "Target":
 def _interpreter_target() -> "Target":
     from .kernels import Target
 
-    return Target(shared_memory=64 * 1024, fp32_precision="ieee")
+    return Target("hopper", "ieee")
 
 
 @functools.cache
 def _cuda_target(index: int, highest: bool) -> "Target":
     from .kernels import Target
 
-    properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Target(properties.shared_memory_per_block, "ieee")  # fp32 has matrix instructions of its own there
-    return Target(properties.shared_memory_per_block_optin, "bf16x6" if highest else "tf32")
+        return Target("cdna", "ieee")  # fp32 has matrix instructions of its own there
+    architectures = {9: "hopper", 10: "blackwell"}
+    major, _ = torch.cuda.get_device_capability(index)
+    return Target(architectures.get(major, "ampere"), "bf16x6" if highest else "tf32")
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:

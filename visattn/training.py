@@ -1,4 +1,4 @@
-"""Training by the recipe of the CIFAR-10 assignment, one step at a time, and what it costs."""
+"""Training one step at a time, and what it costs."""
 
 import resource
 import sys
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .data import Split
-
-LEARNING_RATE = 1e-3  # of the assignment
 
 
 class Step(NamedTuple):
@@ -30,10 +28,10 @@ def batches(split: Split, batch_size: int, seed: int) -> Iterator[tuple[Tensor, 
             yield split.images[chosen], split.labels[chosen]
 
 
-def train(model: nn.Module, split: Split, *, batch_size: int, seed: int, device: torch.device) -> Iterator[Step]:
+def train(model: nn.Module, split: Split, *, learning_rate: float, batch_size: int, seed: int, device: torch.device) -> Iterator[Step]:
     """Trains with Adam and cross-entropy for as many steps as are asked for."""
     model.to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     for images, labels in batches(split, batch_size, seed):
         start = _now(device)
         optimizer.zero_grad()
