@@ -19,7 +19,7 @@ TARGETS = [((64, 64, 32, 32), 2.2, 1.5), ((64, 32, 32, 32), 2.2, 1.5), ((64, 128
 
 @pytest.mark.parametrize("mode", ["forward", "training"])
 @pytest.mark.parametrize(
-    "shape, forward_target, training_target", TARGETS, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
+    ("shape", "forward_target", "training_target"), TARGETS, ids=lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else ""
 )
 def test_ratio_to_naive(benchmark: Any, shape: tuple[int, ...], forward_target: float, training_target: float, mode: str) -> None:
     torch.manual_seed(0)

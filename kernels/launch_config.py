@@ -83,7 +83,10 @@ def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[Laun
         operands, precision = "half", "ieee"
     else:
         operands, precision = ("tf32" if target.fp32_precision == "tf32" else "fp32"), target.fp32_precision
-    row = _TABLE[target.architecture, operands][block_channels(num_channels)]
+    block_c = block_channels(num_channels)
+    if precision == "bf16x6" and block_c == 256:
+        precision = "tf32x3"  # of fp32 class as well, and two parts of an operand take fewer registers than three
+    row = _TABLE[target.architecture, operands][block_c]
     configs = []
     for block_m, block_n, block_k, block_d, num_warps, num_stages, *registers in row:
         max_registers = registers[0] if registers else None
@@ -120,7 +123,7 @@ _TABLE: dict[tuple[str, str], dict[int, _Row]] = {
              (32, 64, ALL, 16, 4, 2, 255), (32, 32, ALL, 32, 4, 2)),
         64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
         128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
-        256: ((32, 16, 16, 16, 8, 1), (32, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
+        256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
               (16, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
     },
     ("ampere", "half"): {
@@ -142,7 +145,7 @@ _TABLE: dict[tuple[str, str], dict[int, _Row]] = {
         32: ((64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (64, 32, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (32, 32, ALL, 32, 4, 2)),
         64: ((32, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (32, 32, 32, 16, 8, 1), (32, 32, 16, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
         128: ((32, 32, 16, 16, 8, 1), (64, 64, 32, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
-        256: ((32, 16, 16, 16, 8, 1, 255), (32, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
+        256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
               (16, 32, 16, 16, 8, 1, 255), (64, 32, ALL, 32, 8, 1)),
     },
     ("cdna", "half"): {
