@@ -42,6 +42,8 @@ def test_branch_and_gradients(shape, dtype, regime, backend, place):
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_many_tokens(shape, dtype, backend, place):
+    if backend == "triton" and INTERPRETING and (shape[2] * shape[3] > 2000 or shape[1] > 32):
+        pytest.skip("takes the interpreter minutes; the loop over tiles is the same as with fewer")
     assert_correct(make_problems(shape, dtype, regime="peaked"), backend, place)
 
 
