@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import BackwardConfigs, block_channels
-from .primitives import LOG2E, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+from .primitives import LN2, LOG2E, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def prepare_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes u, dy and Δ of BLOCK_M tokens of one map.
+    """One program computes u (times log2(e), as in the forward pass), dy and Δ of BLOCK_M tokens of one map.
 
     x_ptr, d_out_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); gamma_ptr (1) or None;
     y_ptr, u_ptr, d_y_ptr (N, C, L), one set of strides; delta_ptr (N, L) fp32.
@@ -40,7 +40,7 @@ def prepare_backward_kernel(
     y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
 
     u = project_there_and_back(
-        x_ptr + n * stride_xn, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale,
+        x_ptr + n * stride_xn, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
         C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
     )  # fmt: skip
     store_tile(u_ptr, y_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
@@ -86,7 +86,7 @@ def accumulate_query_gradient(
         x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
         logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
         d_p = tl.dot(d_y, x, input_precision=INPUT_PRECISION)
-    d_s = tl.exp2(logits * LOG2E - lse[:, None]) * (d_p - delta[:, None])
+    d_s = tl.exp2(logits - lse[:, None]) * (d_p - delta[:, None])
     if MASK_TOKENS:
         # The weight of a key that does not exist is exp2(-lse), which may overflow: zero times it would be NaN.
         d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
@@ -192,8 +192,8 @@ def accumulate_key_value_gradient(
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    p = tl.exp2(logits * LOG2E - lse[None, :])
-    d_s = p * (d_p - delta[None, :])
+    p = tl.exp2(logits - lse[None, :])
+    d_s = p * (d_p * LN2 - (delta * LN2)[None, :])  # u is log2(e) times too large
     acc = tl.dot(p.to(u.dtype), tl.trans(d_y), acc, input_precision=INPUT_PRECISION)
     return tl.dot(d_s.to(u.dtype), tl.trans(u), acc, input_precision=INPUT_PRECISION)
 

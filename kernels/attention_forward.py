@@ -56,7 +56,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes the output of BLOCK_M query tokens of one map.
+    """One program computes the output of BLOCK_M query tokens of one map. Folded queries take log2(e), so logits are base 2.
 
     x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
     None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where it is not wanted; lse_ptr (N, L) fp32,
@@ -71,8 +71,9 @@ def attention_forward_kernel(
     x_ptr += n * stride_xn
 
     u = project_there_and_back(
-        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale, C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION
-    ).to(x_ptr.dtype.element_ty)
+        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
+        C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
+    ).to(x_ptr.dtype.element_ty)  # fmt: skip
     out_ptr += n * stride_on
     out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
     if y_ptr is not None:
@@ -107,7 +108,7 @@ def attention_forward_kernel(
     if BLOCK_K < BLOCK_C:
         tl.debug_barrier()
     if lse_ptr is not None:
-        tl.store(lse_ptr + n * num_tokens + offs_m, m_i * LOG2E + tl.log2(l_i), mask=offs_m < num_tokens)
+        tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
 
     gamma = 1.0
     if gamma_ptr is not None:

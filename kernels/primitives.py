@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -93,14 +94,14 @@ def project_there_and_back(
 
 @triton.jit
 def attend_tile(logits, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """One step of online softmax: logits (BLOCK_M, BLOCK_N) weigh one tile x (BLOCK_C, BLOCK_N) of values.
+    """One step of online softmax: base-2 logits (BLOCK_M, BLOCK_N) weigh one tile x (BLOCK_C, BLOCK_N) of values.
 
     acc (BLOCK_M, BLOCK_C) is the running weighted sum, m_i (BLOCK_M) the running maximum, l_i (BLOCK_M) the running sum.
     """
     if MASK_TOKENS:
         logits = tl.where((offs_n < num_tokens)[None, :], logits, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(logits, 1))
-    p = tl.exp2(logits * LOG2E - (m_new * LOG2E)[:, None])
-    alpha = tl.exp2((m_i - m_new) * LOG2E)
+    p = tl.exp2(logits - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
     acc = tl.dot(p.to(x.dtype), tl.trans(x), acc * alpha[:, None], input_precision=INPUT_PRECISION)
     return acc, m_new, l_i * alpha + tl.sum(p, 1)

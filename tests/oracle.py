@@ -93,7 +93,7 @@ def mask_trap(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 
         problem,
         x=(2 + noise).to(dtype),
         w_q=eye,
-        w_k=-eye * channels**0.5,
+        w_k=-eye,
         b_q=torch.zeros(channels, dtype=dtype),
         b_k=torch.zeros(channels, dtype=dtype),
     )
