@@ -7,6 +7,8 @@ import torch
 
 from visattn import device
 
+from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS
+
 INTERPRETING = device.triton_is_interpreting()
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 
@@ -24,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_report_header() -> str:
     where = "on the GPU" if HAS_GPU else "in the interpreter" if INTERPRETING else "not run"
     return f"visattn: Triton kernels {where}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    forward, backward = len(FORWARD_FAULTS), len(BACKWARD_FAULTS)
+    terminalreporter.write_line(f"known-wrong attentions that test_oracle.py must reject: {forward} forward, {backward} backward")
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])

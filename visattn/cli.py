@@ -19,12 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    import torch
-
     from .demo import Options, run_demo
+    from .device import chosen_device
 
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run_demo(Options(options.steps, options.batch_size, options.seed, torch.device(name), options.out))
+    run_demo(Options(options.steps, options.batch_size, options.seed, chosen_device(options.device), options.out))
     return 0
 
 

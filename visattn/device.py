@@ -27,6 +27,15 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name, or without one a GPU where there is one.
+
+    Raises:
+        RuntimeError: there is no device of that name.
+    """
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def float32_precision_is_highest() -> bool:
     """PyTorch's own switch for fp32 matrix products on CUDA: False where it permits TF32."""
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
