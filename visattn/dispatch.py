@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -17,22 +16,36 @@ MAX_CHANNELS = 256  # beyond, one query tile's accumulator no longer fits into r
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 logger = logging.getLogger("visattn")
-_requested: ContextVar[str | None] = ContextVar("visattn_backend", default=None)
+
+
+class _Request:
+    """What `use_backend` asks for at present.
+
+    A plain object, because torch.compile guards on its attribute and traces anew when it changes. torch 2.11 cannot trace a
+    context variable and does not guard on a thread's own one, so that compiled code would go on with the old choice.
+    """
+
+    backend: str | None = None
+
+
+_request = _Request()
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the block, every call runs on `backend`: "triton" or "torch" or raises, "auto" chooses.
 
+    Holds for the whole process, as PyTorch's own switches do, so that the threads of a model see it too.
+
     Raises:
         ValueError: the name is not one of the three.
     """
     validation.check_backend(backend, BACKENDS, "use_backend")
-    token = _requested.set(backend)
+    outer, _request.backend = _request.backend, backend
     try:
         yield
     finally:
-        _requested.reset(token)
+        _request.backend = outer
 
 
 def requested_backend(backend: str | None) -> str:
@@ -40,9 +53,8 @@ def requested_backend(backend: str | None) -> str:
     if backend is not None:
         validation.check_backend(backend, BACKENDS, "backend")
         return backend
-    in_context = _requested.get()
-    if in_context is not None:
-        return in_context
+    if _request.backend is not None:
+        return _request.backend
     in_environment = os.environ.get("VISATTN_BACKEND", "auto")
     validation.check_backend(in_environment, BACKENDS, "VISATTN_BACKEND")
     return in_environment
