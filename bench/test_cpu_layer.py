@@ -52,8 +52,6 @@ def test_ratio_to_naive(benchmark: Any, shape: tuple[int, ...], forward_target: 
     median = ratios[rounds // 2]
     benchmark.extra_info |= {
         "ratio to naive, p20 p50 p80": [round(ratios[int(q * (rounds - 1))], 3) for q in (0.2, 0.5, 0.8)],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
     target = training_target if training else forward_target
     print(f"\n{shape} fp32 {mode}: {median:.2f}× naive (target {target})")
