@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import data, report, training
-from .models import NaiveAttention, create_model
-from .modules import Attention, attention_rows, explain
+from .models import create_model
+from .modules import attention_rows, explain
 
 MODEL = "cnn_early_attention"
-LAYERS = {"fused": Attention, "naive": NaiveAttention}
+KINDS = ("fused", "naive")
 PIXEL = (16, 16)
 LEARNING_RATE = 5e-5
 """Low, because the two loss curves are compared: at the usual 1e-3 training on digits is chaotic, and a difference of one
@@ -60,7 +60,7 @@ def run_demo(options: Options) -> None:
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
-    for kind in LAYERS:
+    for kind in KINDS:
         pipes[kind], child = context.Pipe()
         worker = context.Process(target=_work, args=(kind, options, child), daemon=True)
         worker.start()
@@ -102,7 +102,7 @@ def _work(kind: str, options: Options, pipe: Connection) -> None:
     """One training process: does a step, or evaluates, whenever it is told to."""
     torch.manual_seed(options.seed)
     train_split, held_out = data.digits()
-    model = create_model(MODEL, attention=LAYERS[kind])
+    model = create_model(MODEL, attention=kind)
     before = training.peak_memory_mib(options.device)
     steps = training.train(
         model, train_split, learning_rate=LEARNING_RATE, batch_size=options.batch_size, seed=options.seed, device=options.device

@@ -1,34 +1,104 @@
-"""The models the layer is used in, by name."""
+"""The models of the assignments that the layers come from, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from ..modules import Attention
-from .cnn import cnn_early_attention
+from .cnn import cnn_double_attention, cnn_early_attention, cnn_late_attention, cnn_vanilla
+from .mnist import DigitTransformer, NaiveSingleHeadAttention, SingleHeadAttention, ViTLayer, cnn_mnist, mlp_mnist
 from .naive import NaiveAttention
+from .resnet import ResNet10
+from .sagan import NaiveSaganAttention, SaganAttention, SaganCNN
+from .vit import MultiHeadSelfAttention, NaiveMultiHeadSelfAttention, VisionTransformer
+from .vit_flat import AttentionHead, EinsumAttentionHead, FlatVisionTransformer
 
-_MODELS = {"cnn_early_attention": cnn_early_attention}
+__all__ = [
+    "AttentionHead", "DigitTransformer", "EinsumAttentionHead", "FlatVisionTransformer", "MultiHeadSelfAttention", "NaiveAttention",
+    "NaiveMultiHeadSelfAttention", "NaiveSaganAttention", "NaiveSingleHeadAttention", "ResNet10", "SaganAttention", "SaganCNN",
+    "SingleHeadAttention", "ViTLayer", "VisionTransformer", "attentions", "create_model", "input_shape", "names",
+]  # fmt: skip
 
-__all__ = ["NaiveAttention", "create_model", "names"]
+Layers = Mapping[str, Callable[..., nn.Module]]
+
+
+class Model(NamedTuple):
+    """A row of the table: what builds it from num_classes and, where `layers` has any, an attention layer; its images (C, H, W)."""
+
+    build: Callable[..., nn.Module]
+    input_shape: tuple[int, int, int]
+    layers: Layers
+
+
+def _query_normalized(in_channels: int) -> nn.Module:
+    return Attention(in_channels, normalize="queries")  # type: ignore[call-arg]
+
+
+def _channel(in_channels: int) -> nn.Module:
+    from ..modules import ChannelAttention  # type: ignore[attr-defined]
+
+    return ChannelAttention(in_channels)
+
+
+CIFAR, DIGITS = (3, 32, 32), (1, 28, 28)
+NONE: Layers = {}
+ON_MAPS: Layers = {"fused": Attention, "naive": NaiveAttention, "queries": _query_normalized, "channel": _channel}
+
+_MODELS = {
+    "cnn_vanilla": Model(cnn_vanilla, CIFAR, NONE),
+    "cnn_early_attention": Model(cnn_early_attention, CIFAR, ON_MAPS),
+    "cnn_late_attention": Model(cnn_late_attention, CIFAR, ON_MAPS),
+    "cnn_double_attention": Model(cnn_double_attention, CIFAR, ON_MAPS),
+    "resnet10": Model(ResNet10, CIFAR, NONE),
+    "resnet10_attention": Model(ResNet10, CIFAR, ON_MAPS),
+    "sagan_cnn": Model(SaganCNN, CIFAR, {"fused": SaganAttention, "naive": NaiveSaganAttention}),
+    "vit": Model(VisionTransformer, CIFAR, {"sdpa": MultiHeadSelfAttention, "naive": NaiveMultiHeadSelfAttention}),
+    "vit_flat": Model(FlatVisionTransformer, (3, 64, 64), {"matmul": AttentionHead, "einsum": EinsumAttentionHead}),
+    "mlp_mnist": Model(mlp_mnist, DIGITS, NONE),
+    "cnn_mnist": Model(cnn_mnist, DIGITS, NONE),
+    "vit_mnist": Model(DigitTransformer, DIGITS, {"sdpa": SingleHeadAttention, "naive": NaiveSingleHeadAttention}),
+}
 
 
 def names() -> list[str]:
     """The names that `create_model` knows."""
-    return sorted(_MODELS)
+    return list(_MODELS)
 
 
-def create_model(name: str, num_classes: int = 10, *, attention: Callable[[int], nn.Module] = Attention) -> nn.Module:
-    """A new model for images (N, 3, 32, 32), giving logits (N, num_classes).
+def attentions(name: str) -> tuple[str, ...]:
+    """The kinds of attention that a model can be built with, its default first; none for a model without attention."""
+    return tuple(_row(name).layers)
+
+
+def input_shape(name: str) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model takes."""
+    return _row(name).input_shape
+
+
+def create_model(name: str, num_classes: int = 10, *, attention: str | None = None) -> nn.Module:
+    """A new model for images (N, *input_shape(name)), giving scores (N, num_classes).
 
     Args:
         name: one of `names()`.
-        num_classes: number of logits.
-        attention: makes each attention layer from its number of channels; the default is the fused layer.
+        num_classes: number of scores. They are logits, but for sagan_cnn and vit, which end in log_softmax.
+        attention: one of `attentions(name)`; None means the first of them.
 
     Raises:
-        ValueError: there is no model of that name.
+        ValueError: there is no such model, no such kind of it, or no class to score.
     """
+    model = _row(name)
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if attention is not None and attention not in model.layers:
+        expected = f"expected one of {', '.join(model.layers)}" if model.layers else "it has no attention; leave the argument out"
+        raise ValueError(f"unknown attention {attention!r} for {name}, {expected}")
+    if not model.layers:
+        return model.build(num_classes)
+    return model.build(num_classes, model.layers[attention or next(iter(model.layers))])
+
+
+def _row(name: str) -> Model:
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(names())}")
-    return _MODELS[name](num_classes, attention)
+        raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}")
+    return _MODELS[name]
