@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import patches
+
 
 def mlp_mnist(num_classes: int = 10) -> nn.Sequential:
     """Three linear layers; from images (N, 1, 28, 28) to logits (N, num_classes).
@@ -156,12 +158,11 @@ class DigitTransformer(nn.Module):
         super().__init__()
         self.patch_embedding = nn.Conv2d(1, dim, 7, stride=7)
         self.class_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.positions = nn.Parameter(torch.randn(1, 17, dim))
+        self.positions = nn.Parameter(torch.randn(1, patches.token_count(28, 7), dim))
         self.layers = nn.Sequential(*(ViTLayer(dim, heads, dim_head, mlp_dim, dropout, attention) for _ in range(num_layers)))
         self.fc = nn.Linear(dim, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 1, 28, 28) to logits (N, num_classes)."""
-        patches = self.patch_embedding(images).flatten(2).mT
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        tokens = patches.embed(images, 28, self.patch_embedding, self.class_token, self.positions)
         return self.fc(self.layers(tokens)[:, 0])

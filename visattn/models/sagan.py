@@ -30,9 +30,7 @@ class SaganAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
         q, k, v = self.query_convolution, self.key_convolution, self.value_convolution
-        return functional.self_attention_2d(
-            x, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, gamma=self.gamma_parameter, scale=1.0
-        )  # fmt: skip
+        return functional.self_attention_2d(x, q.weight, k.weight, v.weight, q.bias, k.bias, v.bias, gamma=self.gamma_parameter, scale=1.0)
 
 
 class NaiveSaganAttention(SaganAttention):

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import patches
+
 
 class MultiHeadSelfAttention(nn.Module):
     """`softmax(q kᵀ / D) v` in each head of width D, the heads side by side through a linear layer.
@@ -93,11 +95,9 @@ class VisionTransformer(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} for patches of {patch_size}")
-        num_patches = (image_size // patch_size) ** 2
+        self.image_size = image_size
         self.patch_embedding = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-        self.positional_embedding = nn.Parameter(torch.randn(1, num_patches + 1, embed_dim))
+        self.positional_embedding = nn.Parameter(torch.randn(1, patches.token_count(image_size, patch_size), embed_dim))
         self.dropout = nn.Dropout(dropout)
         self.transformer_encoder_blocks = nn.ModuleList(
             TransformerEncoderBlock(attention(embed_dim, num_heads), embed_dim, mlp_dim, dropout) for _ in range(num_layers)
@@ -107,9 +107,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to logarithms of probabilities (N, num_classes)."""
-        patches = self.patch_embedding(images).flatten(2).mT
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1)
-        tokens = self.dropout(tokens + self.positional_embedding)
+        tokens = self.dropout(patches.embed(images, self.image_size, self.patch_embedding, self.class_token, self.positional_embedding))
         for block in self.transformer_encoder_blocks:
             tokens = block(tokens)
         return torch.log_softmax(self.fc(tokens[:, 0]), dim=-1)

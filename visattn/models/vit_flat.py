@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from . import patches
+
 
 class AttentionHead(nn.Module):
     """`softmax(Q Kᵀ) V / √D`, the softmax over the queries; Q, K, V are linear in the flattened sequence.
@@ -98,14 +100,14 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, image_size: int, patch_size: int, embedding_size: int) -> None:
         super().__init__()
-        self.sequential = nn.Sequential(nn.Conv2d(3, embedding_size, patch_size, stride=patch_size), nn.Flatten(2))
+        self.image_size = image_size
+        self.sequential = nn.Sequential(nn.Conv2d(3, embedding_size, patch_size, stride=patch_size))
         self.class_token = nn.Parameter(torch.rand(1, 1, embedding_size))
-        self.positions = nn.Parameter(torch.randn((image_size // patch_size) ** 2 + 1, embedding_size))
+        self.positions = nn.Parameter(torch.randn(patches.token_count(image_size, patch_size), embedding_size))
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to (N, L, E)."""
-        patches = self.sequential(images).mT
-        return torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
+        return patches.embed(images, self.image_size, self.sequential, self.class_token, self.positions)
 
 
 class MeanOverTokens(nn.Module):
@@ -138,11 +140,9 @@ class FlatVisionTransformer(nn.Sequential):
         num_heads: int = 2,
         num_encoders: int = 2,
     ) -> None:
-        if image_size % patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} for patches of {patch_size}")
         if embedding_size % num_heads:
             raise ValueError(f"embedding_size must be a multiple of num_heads, got {embedding_size} for {num_heads} heads")
-        length = (image_size // patch_size) ** 2 + 1
+        length = patches.token_count(image_size, patch_size)
 
         def encoder() -> nn.Module:
             heads = [attention(length, embedding_size // num_heads) for _ in range(num_heads)]
