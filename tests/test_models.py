@@ -337,7 +337,7 @@ def test_layers_of_the_models_on_both_backends(form, channels, backend, place):
         oracle.make_problem(
             (1, channels, 8, 8), qk_channels=channels // 8 if form == "sagan" else channels, gamma=form == "sagan", seed=seed
         )
-        for seed in range(3)
+        for seed in range(3 if channels < 256 else 1)  # one is enough of a wide map, and the interpreter is slow
     ]  # fmt: skip
     results = [
         oracle.stacked([compute(form, problem, *arguments) for problem in problems])
