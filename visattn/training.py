@@ -125,7 +125,7 @@ def confusion_matrix(
 
 def accuracy(matrix: Tensor) -> float:
     """The share of images on the diagonal of a confusion matrix."""
-    return (matrix.diagonal().sum() / matrix.sum()).item()
+    return int(matrix.diagonal().sum()) / int(matrix.sum())
 
 
 def peak_memory_mib(device: torch.device) -> float:
