@@ -1,5 +1,6 @@
 """Training one step at a time, in a way that can be stopped after any step and continued with the same bits."""
 
+import random
 import resource
 import sys
 import time
@@ -70,7 +71,9 @@ class Trainer:
         self.epoch, self.step = self.epoch + 1, 0
 
     def _order(self) -> Tensor:
-        order = torch.randperm(len(self.images.labels), generator=torch.Generator().manual_seed((self.epoch << 32) + self.options.seed))
+        # PyTorch's generator on the CPU looks at 32 bits of a seed only, so seed and epoch are mixed first.
+        mixed = random.Random(f"{self.options.seed}, {self.epoch}").getrandbits(32)
+        order = torch.randperm(len(self.images.labels), generator=torch.Generator().manual_seed(mixed))
         return order[: self.steps_an_epoch * self.options.batch_size]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
