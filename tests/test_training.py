@@ -88,29 +88,30 @@ def test_confusion_matrix_counts_what_lies_beyond_the_classes_as_wrong():
     assert training.accuracy(matrix) == 0.5
 
 
-class TestCheckpoint:
-    TENSORS = {"a": torch.randn(3, 4), "b": torch.tensor(2.5, dtype=torch.bfloat16), "c": torch.arange(3), "d": torch.empty(0)}
+TENSORS = {"a": torch.randn(3, 4), "b": torch.tensor(2.5, dtype=torch.bfloat16), "c": torch.arange(3), "d": torch.empty(0)}
 
+
+class TestCheckpoint:
     def saved(self, folder):
         path = folder / "last.safetensors"
-        checkpoint.save(path, self.TENSORS, {"epoch": 1, "loss": 0.1})
+        checkpoint.save(path, TENSORS, {"epoch": 1, "loss": 0.1})
         return path
 
     def test_round_trip(self, tmp_path):
         tensors, description = checkpoint.load(self.saved(tmp_path))
         assert description == {"epoch": 1, "loss": 0.1}
-        for name, tensor in self.TENSORS.items():
+        for name, tensor in TENSORS.items():
             assert tensors[name].dtype == tensor.dtype
             assert torch.equal(tensors[name], tensor)
         assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
 
-    @pytest.mark.parametrize("at", [2, 40, -1])
+    @pytest.mark.parametrize("at", [2, *range(10, 400, 13), -1])
     def test_a_flipped_bit_is_noticed(self, tmp_path, at):
         path = self.saved(tmp_path)
         content = bytearray(path.read_bytes())
         content[at] ^= 4
         path.write_bytes(content)
-        with pytest.raises(RuntimeError, match="damaged|not a checkpoint"):
+        with pytest.raises(RuntimeError, match=r"damaged|not a checkpoint"):
             checkpoint.load(path)
 
     @pytest.mark.parametrize("length", [0, 5, 100, -1])
@@ -131,7 +132,7 @@ class TestCheckpoint:
         path = tmp_path / "last.safetensors"
         assert checkpoint.load_newest(path) is None
         for epoch in (1, 2, 3):
-            checkpoint.save(path, self.TENSORS, {"epoch": epoch}, keep_previous=True)
+            checkpoint.save(path, TENSORS, {"epoch": epoch}, keep_previous=True)
         assert checkpoint.load_newest(path)[1:] == ({"epoch": 3}, [])
         path.write_bytes(b"")
         _, description, problems = checkpoint.load_newest(path)
@@ -151,7 +152,7 @@ class TestCheckpoint:
 
         monkeypatch.setattr(checkpoint, "save_file", full_disk)
         with pytest.raises(OSError, match="no space"):
-            checkpoint.save(path, self.TENSORS, {}, keep_previous=True)
+            checkpoint.save(path, TENSORS, {}, keep_previous=True)
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["last.safetensors"]
 

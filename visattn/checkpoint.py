@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .files import replaced
 
-HEADER = "visattn"
+DESCRIPTION, CHECKSUM = "visattn", "visattn.crc32"
 
 
 def save(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], *, keep_previous: bool = False) -> None:
@@ -24,9 +24,9 @@ def save(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], *,
     With `keep_previous`, what was at `path` moves to `previous(path)` once the new file is complete.
     """
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = {"description": description, "crc32": _checksum(held)}
+    text = json.dumps(description)
     with replaced(path) as temporary:
-        save_file(held, temporary, {HEADER: json.dumps(header)})
+        save_file(held, temporary, {DESCRIPTION: text, CHECKSUM: _checksum(held, text)})
         if keep_previous and path.exists():
             path.replace(previous(path))
 
@@ -39,18 +39,17 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(HEADER)
-            if text is None:
-                raise RuntimeError(f"{path} holds tensors, but is not a checkpoint that visattn wrote")
-            header = json.loads(text)
+            header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RuntimeError(f"there is no checkpoint {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise RuntimeError(f"{path} is damaged ({error}); nothing was loaded from it") from None
-    if _checksum(tensors) != header["crc32"]:
+    if DESCRIPTION not in header:
+        raise RuntimeError(f"{path} holds tensors, but is not a checkpoint that visattn wrote")
+    if header.get(CHECKSUM) != _checksum(tensors, header[DESCRIPTION]):
         raise RuntimeError(f"{path} is damaged (its checksum is wrong); nothing was loaded from it")
-    return tensors, header["description"]
+    return tensors, json.loads(header[DESCRIPTION])
 
 
 def previous(path: Path) -> Path:
@@ -75,8 +74,8 @@ def load_newest(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str
     return None
 
 
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    value = 0
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    value = zlib.crc32(text.encode())
     for name in sorted(tensors):
         value = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value))
-    return value
+    return f"{value:08x}"
