@@ -107,6 +107,7 @@ class Run:
         if not self.trainer.steps_an_epoch:
             raise ValueError(f"there are {len(train.labels)} images to train on, not one batch of {settings.batch_size}")
         self.tally = Tally()
+        self.unfiled: list[float] = []  # losses of the steps since the last line of metrics
         self.last_saved = time.monotonic()
 
     def resume(self) -> None:
@@ -135,17 +136,15 @@ class Run:
             done = trainer.epoch * trainer.steps_an_epoch + trainer.step
             task = bar.add_task(settings.model, total=settings.epochs * trainer.steps_an_epoch, completed=done, state="")
             for epoch in range(trainer.epoch, settings.epochs):
-                since_check: list[float] = []
                 for loss in self._timed(trainer.steps()):
                     if not math.isfinite(loss):
                         raise RuntimeError(
                             f"the loss became {loss} in epoch {epoch + 1}, step {trainer.step}; a lower --learning-rate or fp32 may help"
                         )
-                    since_check.append(loss)
+                    self.unfiled.append(loss)
                     self.tally.losses += loss
                     if trainer.step % settings.check_every == 0:
-                        self._check(epoch, sum(since_check) / len(since_check))
-                        since_check.clear()
+                        self._check(epoch)
                     bar.update(
                         task, advance=1, description=f"{settings.model} epoch {epoch + 1}/{settings.epochs}", state=self._state(loss)
                     )
@@ -161,21 +160,23 @@ class Run:
                 return
             yield loss
 
-    def _check(self, epoch: int, loss: float) -> None:
-        line = {"epoch": epoch + 1, "step": self.trainer.step, "loss": loss}
-        self._look(line, loss)
+    def _check(self, epoch: int) -> None:
+        self._look({"epoch": epoch + 1, "step": self.trainer.step}, sum(self.unfiled) / len(self.unfiled))
         if time.monotonic() - self.last_saved > SECONDS_BETWEEN_CHECKPOINTS:
             self._save_last()
 
     def _end_of_epoch(self, epoch: int) -> None:
         loss = self.tally.losses / self.trainer.steps_an_epoch
-        line = {"epoch": epoch + 1, "epoch_loss": loss, "seconds": round(self.tally.seconds, 3)}
-        self._look(line, loss)
+        seconds = round(self.tally.seconds, 3)
+        self._look({"epoch": epoch + 1, "step": self.trainer.steps_an_epoch, "epoch_loss": loss, "seconds": seconds}, loss)
         self.tally.losses = 0.0
         self._save_last()
 
     def _look(self, line: dict[str, Any], loss: float) -> None:
-        """Measures accuracy on the validation images, keeps the weights if they are the best so far, and files the line."""
+        """Measures accuracy on the validation images, keeps the weights if they are the best so far, and files the line.
+
+        `loss` is the mean over the steps that are judged.
+        """
         quality = -loss
         if len(self.validation.labels):
             accuracy = training.accuracy(self._confusion(self.validation))
@@ -187,6 +188,8 @@ class Run:
             self.tally.best = quality
             weights = {f"model.{name}": t for name, t in self.trainer.model.state_dict().items()}
             checkpoint.save(self.out / "best.safetensors", weights, self._description())
+        line["losses"] = [round(loss, 5) for loss in self.unfiled]
+        self.unfiled.clear()
         with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.tally.lines += 1

@@ -35,26 +35,28 @@ def loss_curves(path: Path, curves: dict[str, list[float]], title: str) -> None:
 
 
 def training_curves(path: Path, metrics: list[dict[str, Any]], steps_an_epoch: int, title: str) -> None:
-    """The mean loss between two checks and of each epoch, and beside it the accuracy on the validation images if there are any."""
+    """The loss of every step and the mean of each epoch, and beside it the accuracy on the validation images if there are any."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    checks = [line for line in metrics if "loss" in line]
+    losses = [loss for line in metrics for loss in line["losses"]]
     epochs = [line for line in metrics if "epoch_loss" in line]
     validated = [line for line in metrics if "validation_accuracy" in line]
 
-    def place(line: dict[str, Any]) -> float:
-        return line["epoch"] if "epoch_loss" in line else line["epoch"] - 1 + line["step"] / steps_an_epoch
-
     figure = Figure(figsize=(10 if validated else 6, 4), layout="constrained")
     left, *right = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
-    left.plot([place(line) for line in checks], [line["loss"] for line in checks], linewidth=1, alpha=0.6, label="since the last check")
-    left.plot([line["epoch"] for line in epochs], [line["epoch_loss"] for line in epochs], "o-", label="of the epoch")
+    left.plot([(step + 1) / steps_an_epoch for step in range(len(losses))], losses, linewidth=0.7, alpha=0.5, label="each step")
+    left.plot([line["epoch"] for line in epochs], [line["epoch_loss"] for line in epochs], "o-", label="mean of the epoch")
     left.set(xlabel="epoch", ylabel="training loss (cross-entropy)")
     left.legend()
     if validated:
-        right[0].plot([place(line) for line in validated], [100 * line["validation_accuracy"] for line in validated], color="tab:green")
+        places = [line["epoch"] - 1 + line["step"] / steps_an_epoch for line in validated]
+        accuracies = [100 * line["validation_accuracy"] for line in validated]
+        right[0].plot(places, accuracies, ".-", color="tab:green")
         right[0].set(xlabel="epoch", ylabel="accuracy on validation images (%)")
     for axes in figure.axes:
+        axes.set_xlim(0, epochs[-1]["epoch"] * 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     _save(figure, path)
