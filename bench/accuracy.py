@@ -49,7 +49,8 @@ def section(results: list[dict[str, Any]]) -> str:
     text += [
         f"Not run by the whole recipe: {', '.join(missing) or 'nothing'}. With fewer than three seeds: {', '.join(few) or 'nothing'}.\n"
     ]
-    text += ["Measured: " + "; ".join(f"{d}, {p}, {precision}, torch {t}, commit `{c}`" for d, p, precision, t, c in sources) + ".\n"]
+    if sources:
+        text += ["Measured: " + "; ".join(f"{d}, {p}, {precision}, torch {t}, commit `{c}`" for d, p, precision, t, c in sources) + ".\n"]
     return "\n".join([*text, END])
 
 
