@@ -1,34 +1,196 @@
-"""Images to train on."""
+"""Images to train on: decoded once, kept as bytes, normalised batch by batch on the device they are computed on."""
 
-from typing import NamedTuple
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int, int]
+"""(channels, height, width) of an image."""
 
-class Split(NamedTuple):
-    """Images (N, 3, 32, 32) in fp32, normalised, and their classes (N) as int64."""
 
-    images: Tensor
+class Images(NamedTuple):
+    """Images (N, C, H, W) as uint8, and their classes (N) as int64."""
+
+    pixels: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device))
 
-HELD_OUT = 360
+    def split(self, held_back: int) -> tuple["Images", "Images"]:
+        """All but the last `held_back` images, and those."""
+        kept = len(self.labels) - held_back
+        return Images(self.pixels[:kept], self.labels[:kept]), Images(self.pixels[kept:], self.labels[kept:])
 
 
-def digits() -> tuple[Split, Split]:
-    """scikit-learn's 1,797 handwritten digits (they come with it), resized from 8×8 to 3×32×32: 1,437 to train on, 360 held out.
+class Dataset(NamedTuple):
+    """A training part in mixed order, a test part, and the name of each class."""
 
-    The split is the same every time; the normalisation is that of the training part.
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+
+class Normalization(NamedTuple):
+    """What is subtracted from, and then divides, each channel of an image whose values lie between 0 and 1."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) to fp32, on the device the pixels are on."""
+        mean, deviation = (pixels.new_tensor(v, dtype=torch.float32)[:, None, None] for v in self)
+        return (pixels.float() - 255 * mean) / (255 * deviation)
+
+
+NAMES = ("digits", "cifar10", "mnist", "fashion_mnist", "folder:PATH")
+
+
+def load(name: str, shape: Shape, *, root: Path = Path("data"), download: bool = False) -> Dataset:
+    """The data set of that name, its images brought to `shape`.
+
+    Args:
+        name: one of `NAMES`. "folder:PATH" reads PATH/train and PATH/test, or PATH/val, each with a folder of images a class.
+        shape: images in colour become grey and grey ones get three equal channels, as it asks; other sizes are resized.
+        root: where torchvision keeps, or puts, the data sets that are not embedded.
+        download: whether what is missing may be fetched from the network.
+
+    Raises:
+        ValueError: there is no data set of that name.
+        RuntimeError: it is missing or damaged; nothing was written.
     """
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        return _folder(Path(path), shape)
+    if name not in NAMES[:-1]:
+        raise ValueError(f"unknown data set {name!r}, expected one of {', '.join(NAMES)}")
+    return _digits(shape) if name == "digits" else _torchvision(name, shape, root, download)
+
+
+def batches(images: Images, normalization: Normalization, batch_size: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(fp32 images, labels)` in the order given, on the device the images are on; the last batch may be smaller."""
+    for chosen in order.to(images.labels.device).split(batch_size):
+        yield normalization.apply(images.pixels[chosen]), images.labels[chosen]
+
+
+def read_image(path: Path, shape: Shape) -> Tensor:
+    """An image file as uint8 (C, H, W): its shorter side is scaled to the size wanted and the middle is kept.
+
+    Raises:
+        RuntimeError: it is not an image that can be read.
+    """
+    from PIL import Image
+    from torchvision.transforms import functional as transforms
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB" if channels == 3 else "L")
+    except OSError as error:
+        raise RuntimeError(f"{path} is not an image that can be read ({error}); remove it or fetch it again") from None
+    if image.size != (width, height):
+        factor = max(height / image.height, width / image.width)
+        image = transforms.resize(image, [max(height, round(image.height * factor)), max(width, round(image.width * factor))])
+        image = transforms.center_crop(image, [height, width])
+    return transforms.pil_to_tensor(image)
+
+
+DIGITS_HELD_OUT = 360
+
+
+def _digits(shape: Shape) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, which come with it: 1,437 to train on and the same 360 to test on every time."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
-    images = torch.from_numpy(source.images).float()[:, None] / 16
-    images = torch.nn.functional.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(source.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held_out, train = order[:HELD_OUT], order[HELD_OUT:]
-    mean, deviation = images[train].mean(), images[train].std()
-    images = (images - mean) / deviation
-    return Split(images[train], labels[train]), Split(images[held_out], labels[held_out])
+    grey = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
+    images = Images(_fitted(grey, shape), torch.from_numpy(source.target).long())
+    order = torch.randperm(len(images.labels), generator=torch.Generator().manual_seed(0))
+    test, train = (
+        Images(images.pixels[part], images.labels[part]) for part in order.split([DIGITS_HELD_OUT, len(order) - DIGITS_HELD_OUT])
+    )
+    return Dataset(train, test, tuple(str(digit) for digit in range(10)))
+
+
+def _torchvision(name: str, shape: Shape, root: Path, download: bool) -> Dataset:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
+    try:
+        train, test = (source(root, train=part) for part in (True, False))
+    except RuntimeError:
+        if not download:
+            raise RuntimeError(
+                f"{name} is not in {root}, or is damaged; --download fetches it, --data-root says where it is, "
+                "--data folder:PATH reads a folder of images instead"
+            ) from None
+        _download(source, root)
+        train, test = (source(root, train=part) for part in (True, False))
+    parts: list[Images] = []
+    for part in (train, test):
+        pixels = torch.as_tensor(part.data)
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        parts.append(Images(_fitted(pixels, shape), torch.as_tensor(part.targets)))
+    return Dataset(parts[0], parts[1], tuple(train.classes))
+
+
+def _download(source: Callable[..., Any], root: Path) -> None:
+    """Fetches a data set beside its place and moves it there once all of it has come and its checksums are right."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+        for part in (True, False):
+            source(folder, train=part, download=True)
+        for path in Path(folder).iterdir():
+            if path.is_dir():
+                path.replace(root / path.name)
+
+
+def _folder(path: Path, shape: Shape) -> Dataset:
+    parts = [path / "train", path / "test" if (path / "test").is_dir() else path / "val"]
+    for part in parts:
+        if not part.is_dir():
+            raise RuntimeError(f"{path} must hold train/ and test/ or val/, each with a folder of images a class; {part} is not there")
+    from torchvision.datasets import ImageFolder
+
+    try:
+        train, test = (ImageFolder(str(part)) for part in parts)
+    except FileNotFoundError as error:
+        raise RuntimeError(f"{path} must hold a folder of images a class: {error}") from None
+    if train.classes != test.classes:
+        raise RuntimeError(f"the classes of {parts[0]} and {parts[1]} differ: {', '.join(sorted(set(train.classes) ^ set(test.classes)))}")
+    first = _decoded(train.samples, shape)
+    order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0))  # the folders come one class after another
+    return Dataset(Images(first.pixels[order], first.labels[order]), _decoded(test.samples, shape), tuple(train.classes))
+
+
+def _decoded(samples: Sequence[tuple[str, int]], shape: Shape) -> Images:
+    """Reads the image files of `samples`, pairs of path and class."""
+    pixels = torch.empty((len(samples), *shape), dtype=torch.uint8)
+
+    def decode(index: int) -> None:
+        pixels[index] = read_image(Path(samples[index][0]), shape)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(decode, range(len(samples))):
+            pass
+    return Images(pixels, torch.tensor([label for _, label in samples]))
+
+
+def _fitted(pixels: Tensor, shape: Shape) -> Tensor:
+    """Images (N, C, H, W) with values from 0 to 255 as uint8 images of `shape`."""
+    channels, height, width = shape
+    if pixels.shape[1] == 3 and channels == 1:
+        pixels = (pixels.float() * pixels.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)[:, None, None]).sum(1, keepdim=True)
+    if pixels.shape[2:] != (height, width):
+        resized = [
+            torch.nn.functional.interpolate(some.float(), (height, width), mode="bilinear", antialias=True) for some in pixels.split(4096)
+        ]
+        pixels = torch.cat(resized)
+    if pixels.dtype != torch.uint8:
+        pixels = pixels.round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, channels, -1, -1).contiguous()

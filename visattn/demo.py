@@ -6,20 +6,22 @@ else the machine is doing meets both alike and the ratio of their times is taken
 
 import json
 import multiprocessing
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import data, report, training
-from .models import create_model
+from . import data, files, report, training
+from .models import create_model, input_shape
 from .modules import attention_rows, explain
+from .recipes import CIFAR
 
 MODEL = "cnn_early_attention"
 KINDS = ("fused", "naive")
@@ -38,15 +40,22 @@ class Options:
     out: Path
 
 
+class Step(NamedTuple):
+    """One step of training: its loss, and the seconds it took from the images to the updated weights."""
+
+    loss: float
+    seconds: float
+
+
 @dataclass
 class Run:
     """What one of the two trainings did."""
 
-    steps: list[training.Step]
+    steps: list[Step]
     accuracy: float = 0.0
     memory_mib: float = 0.0
     explanation: str = ""
-    picture: tuple[list, list] | None = None  # rows of an image and of its attention map
+    picture: tuple[list, list] | None = None  # an image and the attention map of a pixel
 
     @property
     def losses(self) -> list[float]:
@@ -101,37 +110,43 @@ def _take_turns(pipes: dict[str, Connection], options: Options, console: Console
 def _work(kind: str, options: Options, pipe: Connection) -> None:
     """One training process: does a step, or evaluates, whenever it is told to."""
     torch.manual_seed(options.seed)
-    train_split, held_out = data.digits()
+    digits = data.load("digits", input_shape(MODEL))
     model = create_model(MODEL, attention=kind)
     before = training.peak_memory_mib(options.device)
-    steps = training.train(
-        model, train_split, learning_rate=LEARNING_RATE, batch_size=options.batch_size, seed=options.seed, device=options.device
-    )
+    how = training.Options(CIFAR, options.batch_size, LEARNING_RATE, drop_last=True, seed=options.seed)
+    steps = _endless(training.Trainer(model, digits.train, how, options.device))
     while pipe.recv() == "step":
-        pipe.send(next(steps))
+        start = time.perf_counter()
+        loss = next(steps)
+        pipe.send(Step(loss, time.perf_counter() - start))
     memory = training.peak_memory_mib(options.device) - before
-    accuracy = training.accuracy(model, held_out, batch_size=options.batch_size, device=options.device)
+    matrix = training.confusion_matrix(model, digits.test, CIFAR, num_classes=len(digits.classes), device=options.device)
     explanation, picture = "naive: matrix products of PyTorch, by definition", None
     if kind == "fused":
-        image = held_out.images[:1].to(options.device)
+        image = digits.test.pixels[:1].to(options.device)
         with torch.no_grad():
-            x = model[:2](image)  # type: ignore[index]
+            x = model[:2](CIFAR.apply(image))  # type: ignore[index]
             weights = attention_rows(model[2], x, torch.tensor([PIXEL], device=options.device))  # type: ignore[index]
-        explanation, picture = explain(model[2], x), (image[0, 0].tolist(), weights[0, 0].tolist())  # type: ignore[index]
-    pipe.send((accuracy, memory, explanation, picture))
+        explanation, picture = explain(model[2], x), (digits.test.pixels[0].tolist(), weights[0].tolist())  # type: ignore[index]
+    pipe.send((training.accuracy(matrix), memory, explanation, picture))
+
+
+def _endless(trainer: training.Trainer) -> Iterator[float]:
+    while True:
+        yield from trainer.steps()
 
 
 def _write_report(runs: dict[str, Run], options: Options, console: Console) -> None:
     title = f"{MODEL}, {options.steps} steps of {options.batch_size} digits, seed {options.seed}, fp32, {options.device}"
     table = report.markdown_table(["", *runs, "fused against naive"], _rows(runs["fused"], runs["naive"]))
     text = f"# {title}\n\n{table}\nfused: {runs['fused'].explanation}\n"
-    report.write(options.out / "table.md", text)
-    report.write(options.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _metrics(runs)))
+    files.write(options.out / "table.md", text)
+    files.write(options.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in _metrics(runs)))
     report.loss_curves(options.out / "loss.png", {kind: runs[kind].losses for kind in ("naive", "fused")}, title)
     picture = runs["fused"].picture
     assert picture is not None
     image, weights = map(torch.tensor, picture)
-    report.attention_map(options.out / "attention.png", image, weights, PIXEL, f"{MODEL} after {options.steps} steps")
+    report.attention_maps(options.out / "attention.png", image, weights, [PIXEL], f"{MODEL} after {options.steps} steps")
     console.print(f"\n{text}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"Written to {options.out}: table.md, metrics.jsonl, loss.png, attention.png", highlight=False, markup=False)
 

@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +42,29 @@ def chosen_device(name: str | None) -> torch.device:
 def float32_precision_is_highest() -> bool:
     """PyTorch's own switch for fp32 matrix products on CUDA: False where it permits TF32."""
     return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+@contextmanager
+def float32_precision(tf32: bool) -> Iterator[None]:
+    """Within the block, fp32 matrix products and convolutions on CUDA compute in TF32, or in full precision."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def describe(device: torch.device) -> str:
+    """What kind of processor it is, in words that can stand in a report."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def kernel_target(device: torch.device) -> "Target":

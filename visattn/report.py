@@ -1,31 +1,17 @@
-"""Tables and pictures. Every file is written whole or not at all."""
+"""Tables and pictures."""
 
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from . import files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its place and moves it there once it is complete."""
-    data = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,23 +34,146 @@ def loss_curves(path: Path, curves: dict[str, list[float]], title: str) -> None:
     _save(figure, path)
 
 
-def attention_map(path: Path, image: Tensor, weights: Tensor, pixel: tuple[int, int], title: str) -> None:
-    """An image (H, W), its chosen pixel, and over it the attention (H, W) of that pixel to every other."""
+def training_curves(path: Path, metrics: list[dict[str, Any]], steps_an_epoch: int, title: str) -> None:
+    """The loss of every step and the mean of each epoch, and beside it the accuracy on the validation images if there are any."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, heading in ((left, "image"), (right, "attention of the marked pixel")):
-        axes.imshow(image, cmap="gray", interpolation="nearest")
-        axes.plot(pixel[1], pixel[0], "x", color="red", markersize=11, markeredgewidth=2.5)
-        axes.set(xticks=[], yticks=[], title=heading)
-    heat = right.imshow(weights * weights.numel(), cmap="viridis", alpha=0.75, interpolation="nearest")
-    figure.colorbar(heat, ax=right, label="weight × number of pixels (1 = uniform)")
+    losses = [loss for line in metrics for loss in line["losses"]]
+    epochs = [line for line in metrics if "epoch_loss" in line]
+    validated = [line for line in metrics if "validation_accuracy" in line]
+
+    figure = Figure(figsize=(10 if validated else 6, 4), layout="constrained")
+    left, *right = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
+    left.plot([(step + 1) / steps_an_epoch for step in range(len(losses))], losses, linewidth=0.7, alpha=0.5, label="each step")
+    left.plot([line["epoch"] for line in epochs], [line["epoch_loss"] for line in epochs], "o-", label="mean of the epoch")
+    left.set(xlabel="epoch", ylabel="training loss (cross-entropy)")
+    left.legend()
+    if validated:
+        places = [line["epoch"] - 1 + line["step"] / steps_an_epoch for line in validated]
+        accuracies = [100 * line["validation_accuracy"] for line in validated]
+        right[0].plot(places, accuracies, ".-", color="tab:green")
+        right[0].set(xlabel="epoch", ylabel="accuracy on validation images (%)")
+    for axes in figure.axes:
+        axes.set_xlim(0, epochs[-1]["epoch"] * 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
     figure.suptitle(title)
     _save(figure, path)
+
+
+def confusion(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
+    """Rows are the classes of the images, columns what the model took them for; each row in percent of its images."""
+    from matplotlib.figure import Figure
+
+    columns = list(classes)
+    if matrix[:, len(classes) :].any():
+        columns.append("none of them")
+    shown = matrix[:, : len(classes)]
+    if len(columns) > len(classes):
+        shown = torch.cat((shown, matrix[:, len(classes) :].sum(1, keepdim=True)), 1)
+    share = 100 * shown / matrix.sum(1, keepdim=True).clamp(min=1)
+    size = max(4.5, 0.6 * len(columns) + 2)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for row, values in enumerate(share.tolist()):
+        for column, value in enumerate(values):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black")
+    axes.set(xlabel="taken for", ylabel="class of the image", xticks=range(len(columns)), yticks=range(len(classes)))
+    axes.set_xticklabels(columns, rotation=45, ha="right")
+    axes.set_yticklabels(classes)
+    axes.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
+    _save(figure, path)
+
+
+def training_report(result: dict[str, Any], title: str) -> str:
+    """One run in Markdown: what came out, what it was trained with, where."""
+
+    def percent(value: float | None) -> str:
+        return "none held back" if value is None else f"{100 * value:.2f} %"
+
+    losses = result["epoch_losses"]
+    outcome = [
+        ["test accuracy", percent(result["test_accuracy"]) + f", {result['tested']} weights"],
+        [
+            "test accuracy, last weights / best weights",
+            f"{percent(result['test_accuracy_last'])} / {percent(result['test_accuracy_best'])}",
+        ],
+        ["best validation accuracy", percent(result["validation_accuracy_best"])],
+        ["mean loss, first → last epoch", f"{losses[0]:.4f} → {losses[-1]:.4f}"],
+        ["parameters", f"{result['parameters']:,}"],
+        ["time an epoch", f"{result['seconds_an_epoch']:.1f} s, {100 * result['share_of_time_for_data']:.1f} % of it for data"],
+        ["processor", result["processor"]],
+        ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
+    ]
+    asked = ("model", "attention", "data", "train_images", "validation_images", "test_images", "epochs", "batch_size",
+             "learning_rate", "betas", "seed", "precision", "backend", "compile", "device")  # fmt: skip
+    settings = [[name.replace("_", " "), str(result[name])] for name in asked]
+    return (
+        f"# {title}\n\n{markdown_table(['result', ''], outcome)}\n{markdown_table(['setting', ''], settings)}\n"
+        "![loss and accuracy](curves.png)\n\n![confusion matrix](confusion.png)\n"
+    )
+
+
+def attention_maps(path: Path, image: Tensor, weights: Tensor, pixels: Sequence[tuple[int, int]], title: str) -> None:
+    """A uint8 image (C, H, W), and over it the attention (P, h, w) of each chosen pixel of a map that lies over the whole image."""
+    from matplotlib.figure import Figure
+
+    height, width = image.shape[1:]
+    figure = Figure(figsize=(3.2 * (len(pixels) + 1) + 1, 3.9), layout="constrained")
+    first, *others = figure.subplots(1, len(pixels) + 1)
+    scale = height / weights.shape[1], width / weights.shape[2]
+    most = weights.max().item() * weights[0].numel()
+    for axes, map_, (row, column) in zip(others, weights, pixels, strict=True):
+        axes.imshow(_picture(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(
+            map_ * map_.numel(),
+            cmap="viridis",
+            alpha=0.75,
+            vmin=0,
+            vmax=most,
+            interpolation="nearest",
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        )
+        place = (column + 0.5) * scale[1] - 0.5, (row + 0.5) * scale[0] - 0.5
+        for where in (axes, first):
+            where.plot(*place, "x", color="red", markersize=10, markeredgewidth=2.5)
+        first.annotate(f"{row}, {column}", place, textcoords="offset points", xytext=(6, 6), color="red", fontsize=8)
+        axes.set_title(f"from row {row}, column {column}", fontsize=9)
+    first.imshow(_picture(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    first.set_title("image", fontsize=9)
+    for axes in (first, *others):
+        axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    figure.colorbar(others[-1].images[-1], ax=others, label="weight × number of pixels\n(1 = uniform)")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def ranking(path: Path, rows: Sequence[tuple[str, Sequence[float], Sequence[float]]], label: str) -> None:
+    """One line a name, the first at the top: a dot for each run of ours, a bar at their mean, hollow dots for what was published."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, ours, published) in enumerate(rows):
+        axes.plot(published, [place + 0.18] * len(published), "o", mfc="none", color="tab:orange", label="published" if published else None)
+        axes.plot(ours, [place - 0.12] * len(ours), "o", color="tab:blue", label="measured")
+        axes.plot([sum(ours) / len(ours)] * 2, [place - 0.34, place + 0.1], color="tab:blue", linewidth=2, label="mean")
+    axes.set(xlabel=label, yticks=range(len(rows)), yticklabels=[name for name, _, _ in rows], ylim=(len(rows) - 0.4, -0.6))
+    axes.grid(axis="x", alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(*zip(*dict(zip(labels, zip(handles, labels, strict=True), strict=True)).values(), strict=True), fontsize=8)
+    _save(figure, path)
+
+
+def _picture(image: Tensor) -> Tensor:
+    """(C, H, W) as matplotlib takes it."""
+    return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
 
 
 def _save(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write(path, buffer.getvalue())
+    files.write(path, buffer.getvalue())

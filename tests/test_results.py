@@ -1,0 +1,56 @@
+"""What is filed under bench/results is what the README says."""
+
+import re
+
+import pytest
+
+from bench import accuracy
+from visattn import comparison
+from visattn.recipes import PUBLISHED, RECIPES
+
+
+def test_the_readme_holds_the_table_of_the_filed_runs():
+    readme = (accuracy.ROOT / "README.md").read_text(encoding="utf-8")
+    assert accuracy.with_section(readme, accuracy.section(accuracy.filed())) == readme, "run: python -m bench.accuracy table"
+
+
+def test_filed_runs_name_no_place_and_come_from_a_commit():
+    for path in accuracy.RESULTS.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"/|/home|/tmp', text), path.name
+    for result in accuracy.filed():
+        assert re.fullmatch(r"[0-9a-f]{7,}", result["commit"]), "a result of changed code cannot be repeated"
+
+
+def a_result(model, attention, accuracy, seed, epochs=10):
+    told = {"model": model, "attention": attention, "test_accuracy": accuracy, "seed": seed, "epochs": epochs, "commit": "abcdef0"}
+    return told | {"data": "cifar10", "processor": "abacus", "precision": "fp32", "versions": {"torch": "2"}, "seconds_an_epoch": 9.6}
+
+
+def test_ranking_has_means_runs_and_the_published_mean_beside_them():
+    results = [
+        a_result("cnn_vanilla", None, 0.60, 1), a_result("cnn_vanilla", None, 0.58, 0),
+        a_result("cnn_late_attention", "queries", 0.61, 0), a_result("cnn_late_attention", "fused", 0.5, 0),
+    ]  # fmt: skip
+    first, second, third = comparison.ranking(results)
+    assert (first.name, second.name, third.name) == ("cnn_late_attention (queries)", "cnn_vanilla", "cnn_late_attention (fused)")
+    assert second.ours == pytest.approx((58.0, 60.0))
+    table = comparison.markdown([first, second, third])
+    assert "| 61.00 | 61.00 | 57.45 (56.37, 57.68, 58.30) | +3.55 |" in table
+    assert "| 50.00 | 50.00 | – | – |" in table
+
+
+def test_the_section_tells_whole_from_shortened_and_what_is_missing():
+    text = accuracy.section([a_result("cnn_vanilla", None, 0.6, 0), a_result("sagan_cnn", "fused", 0.3, 0, epochs=1)])
+    assert "| 1 | cnn_vanilla | 60.00 | 60.00 |" in text
+    assert "| sagan_cnn (fused) | 1 | 30.00 | 0 | 10 s |" in text
+    assert re.search(r"Not run by the whole recipe: cnn_early.*sagan_cnn.*vit_mnist\. With fewer than three seeds: cnn_vanilla", text)
+    assert "abacus, fp32, torch 2, commit `abcdef0`" in text
+
+
+def test_every_model_has_a_recipe_and_published_figures_belong_to_models_there_are():
+    from visattn import models
+
+    assert list(RECIPES) == models.names()
+    for model, attention in PUBLISHED:
+        assert attention in (models.attentions(model) or (None,))

@@ -1,0 +1,329 @@
+"""`visattn train`: one model trained into one folder, with everything that a reader of its result wants to see.
+
+The folder holds settings.json (what was asked for), metrics.jsonl (a line for each check and each epoch), last.safetensors (to go
+on from) and best.safetensors, and at the end result.json, report.md, curves.png and confusion.png.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from . import checkpoint, data, files, models, report, training
+from .device import describe, float32_precision
+from .dispatch import use_backend
+from .recipes import RECIPES, Recipe
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+"""About as much work as a killed process loses; a checkpoint is written at the first check after it."""
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Everything that a run's result depends on: the recipe as it was changed, and what it is applied to.
+
+    The same settings give the same bits on the same CPU with the same number of threads.
+    """
+
+    model: str = ""
+    attention: str | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    backend: str = "auto"
+    compile: bool = False
+    device: str = "cpu"
+
+    def for_file(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_file(cls, stored: dict[str, Any]) -> "Settings":
+        return cls(**stored | {"normalization": data.Normalization(*map(tuple, stored["normalization"])), "betas": tuple(stored["betas"])})
+
+    @property
+    def options(self) -> training.Options:
+        names = set(training.Options._fields)
+        return training.Options(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in names})
+
+
+def settings_of(model: str, changes: dict[str, Any]) -> Settings:
+    """The recipe of the model with `changes` in place of what it says; a change to None is none.
+
+    Raises:
+        ValueError: there is no such model or kind of attention, or values do not fit each other.
+    """
+    kinds = models.attentions(model)
+    recipe = {f.name: getattr(RECIPES[model], f.name) for f in fields(Recipe)}
+    chosen = recipe | {"attention": kinds[0] if kinds else None} | {name: value for name, value in changes.items() if value is not None}
+    settings = Settings(model=model, **chosen)
+    if settings.attention not in (kinds or (None,)):
+        raise ValueError(
+            f"attention of {model} must be {' or '.join(map(repr, kinds)) or 'left out, it has none'}, got {settings.attention!r}"
+        )
+    channels = models.input_shape(model)[0]
+    if any(len(numbers) != channels for numbers in settings.normalization):
+        raise ValueError(f"{model} takes {channels} channels, got the normalization {tuple(settings.normalization)} for others")
+    if settings.keep == "accuracy" and not settings.validation:
+        raise ValueError("without validation images their best accuracy cannot be kept; give --keep loss, or --validation")
+    return settings
+
+
+@dataclass
+class Tally:
+    """What a run has seen, besides the trainer's own position."""
+
+    losses: float = 0.0  # their sum in this epoch
+    best: float | None = None  # accuracy on validation images, or minus the mean loss
+    best_accuracy: float | None = None
+    seconds: float = 0.0  # of training, without checks
+    lines: int = 0  # of metrics.jsonl
+
+
+class Run:
+    """One training in one folder, from its beginning or from its last checkpoint to its report."""
+
+    def __init__(self, settings: Settings, dataset: data.Dataset, out: Path, console: Console) -> None:
+        self.settings, self.dataset, self.out, self.console = settings, dataset, out, console
+        self.device = torch.device(settings.device)
+        train, self.validation = dataset.train.split(round(settings.validation * len(dataset.train.labels)))
+        torch.manual_seed(settings.seed)
+        self.width = settings.head or len(dataset.classes)
+        if self.width < len(dataset.classes):
+            raise ValueError(f"--head {settings.head} is narrower than the {len(dataset.classes)} classes of {settings.data}")
+        model = models.create_model(settings.model, self.width, attention=settings.attention)
+        self.trainer = training.Trainer(model, train, settings.options, self.device)
+        if not self.trainer.steps_an_epoch:
+            raise ValueError(f"there are {len(train.labels)} images to train on, not one batch of {settings.batch_size}")
+        self.tally = Tally()
+        self.unfiled: list[float] = []  # losses of the steps since the last line of metrics
+        self.last_saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Goes back to the newest checkpoint that can be read, if there is one, and drops the metrics of what came after."""
+        found = checkpoint.load_newest(self.out / "last.safetensors")
+        kept: list[str] = []
+        if found is not None:
+            tensors, description, problems = found
+            for problem in problems:
+                self.console.print(f"{problem}; going on from the checkpoint before", style="yellow", highlight=False)
+            self.trainer.restore(tensors, description["trainer"])
+            self.tally = Tally(**description["tally"])
+            kept = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[: self.tally.lines]
+            if self.trainer.epoch < self.settings.epochs:
+                self.console.print(f"going on at epoch {self.trainer.epoch + 1}, step {self.trainer.step}", highlight=False)
+        files.write(self.out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+
+    def train(self) -> None:
+        """Trains to the last epoch."""
+        trainer, settings = self.trainer, self.settings
+        columns = [
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+        ]  # fmt: skip
+        with Progress(*columns, console=self.console) as bar:
+            done = trainer.epoch * trainer.steps_an_epoch + trainer.step
+            task = bar.add_task(settings.model, total=settings.epochs * trainer.steps_an_epoch, completed=done, state="")
+            for epoch in range(trainer.epoch, settings.epochs):
+                for loss in self._timed(trainer.steps()):
+                    if not math.isfinite(loss):
+                        raise RuntimeError(
+                            f"the loss became {loss} in epoch {epoch + 1}, step {trainer.step}; a lower --learning-rate or fp32 may help"
+                        )
+                    self.unfiled.append(loss)
+                    self.tally.losses += loss
+                    if trainer.step % settings.check_every == 0:
+                        self._check(epoch)
+                    bar.update(
+                        task, advance=1, description=f"{settings.model} epoch {epoch + 1}/{settings.epochs}", state=self._state(loss)
+                    )
+                self._end_of_epoch(epoch)
+
+    def _timed(self, steps: Iterator[float]) -> Iterator[float]:
+        """The steps, their time added up without what happens between them."""
+        while True:
+            start = time.perf_counter()
+            loss = next(steps, None)
+            self.tally.seconds += time.perf_counter() - start
+            if loss is None:
+                return
+            yield loss
+
+    def _check(self, epoch: int) -> None:
+        self._look({"epoch": epoch + 1, "step": self.trainer.step}, sum(self.unfiled) / len(self.unfiled))
+        if time.monotonic() - self.last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+            self._save_last()
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        loss = self.tally.losses / self.trainer.steps_an_epoch
+        seconds = round(self.tally.seconds, 3)
+        self._look({"epoch": epoch + 1, "step": self.trainer.steps_an_epoch, "epoch_loss": loss, "seconds": seconds}, loss)
+        self.tally.losses = 0.0
+        self._save_last()
+
+    def _look(self, line: dict[str, Any], loss: float) -> None:
+        """Measures accuracy on the validation images, keeps the weights if they are the best so far, and files the line.
+
+        `loss` is the mean over the steps that are judged.
+        """
+        quality = -loss
+        if len(self.validation.labels):
+            accuracy = training.accuracy(self._confusion(self.validation))
+            line["validation_accuracy"] = accuracy
+            self.tally.best_accuracy = max(accuracy, self.tally.best_accuracy or 0.0)
+            if self.settings.keep == "accuracy":
+                quality = accuracy
+        if self.tally.best is None or quality > self.tally.best:
+            self.tally.best = quality
+            weights = {f"model.{name}": t for name, t in self.trainer.model.state_dict().items()}
+            checkpoint.save(self.out / "best.safetensors", weights, self._description())
+        line["losses"] = [round(loss, 5) for loss in self.unfiled]
+        self.unfiled.clear()
+        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tally.lines += 1
+
+    def _save_last(self) -> None:
+        tensors, numbers = self.trainer.state()
+        description = self._description() | {"trainer": numbers, "tally": asdict(self.tally)}
+        checkpoint.save(self.out / "last.safetensors", tensors, description, keep_previous=True)
+        self.last_saved = time.monotonic()
+
+    def _description(self) -> dict[str, Any]:
+        return {"settings": self.settings.for_file(), "classes": self.dataset.classes, "width": self.width}
+
+    def _confusion(self, images: data.Images) -> Tensor:
+        return training.confusion_matrix(
+            self.trainer.model, images, self.settings.normalization,
+            num_classes=len(self.dataset.classes), device=self.device, precision=self.settings.precision,
+        )  # fmt: skip
+
+    def _state(self, loss: float) -> str:
+        best = self.tally.best_accuracy
+        return f"loss {loss:.4f}" + (f"  best validation {100 * best:.2f} %" if best is not None else "")
+
+    def finish(self) -> dict[str, Any]:
+        """Judges the weights on the test images and writes result.json, report.md and the pictures."""
+        settings, model = self.settings, self.trainer.model
+        last = self._confusion(self.dataset.test)
+        weights, _ = checkpoint.load(self.out / "best.safetensors")
+        kept = {name: t.clone() for name, t in model.state_dict().items()}
+        model.load_state_dict(training.part_of(weights, "model."))
+        best = self._confusion(self.dataset.test)
+        model.load_state_dict(kept)
+        tested = best if settings.tested == "best" else last
+        metrics = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        result = {
+            **settings.for_file(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "test_accuracy": training.accuracy(tested),
+            "test_accuracy_last": training.accuracy(last),
+            "test_accuracy_best": training.accuracy(best),
+            "validation_accuracy_best": self.tally.best_accuracy,
+            "epoch_losses": [line["epoch_loss"] for line in metrics if "epoch_loss" in line],
+            "train_images": len(self.trainer.images.labels),
+            "validation_images": len(self.validation.labels),
+            "test_images": len(self.dataset.test.labels),
+            "seconds_an_epoch": self.tally.seconds / settings.epochs,
+            "share_of_time_for_data": self.trainer.seconds_for_data / self.tally.seconds,
+            "processor": describe(self.device),
+            "commit": commit(),
+            "versions": {name: metadata.version(name) for name in ("visattn", "torch")} | {"python": platform.python_version()},
+        }
+        names = self.dataset.classes
+        report.training_curves(self.out / "curves.png", metrics, self.trainer.steps_an_epoch, title(settings))
+        heading = f"{title(settings)}: {100 * result['test_accuracy']:.2f} % of {result['test_images']} test images"
+        report.confusion(self.out / "confusion.png", tested, names, heading)
+        files.write(self.out / "report.md", report.training_report(result, title(settings)))
+        files.write(self.out / "result.json", json.dumps(result, indent=1) + "\n")
+        return result
+
+
+def title(settings: Settings) -> str:
+    attention = f" ({settings.attention})" if settings.attention else ""
+    return f"{settings.model}{attention} on {settings.data.partition(':')[0]}, {settings.epochs} epochs, seed {settings.seed}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package is imported from, with + if it was changed since; None outside of one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + "+" * bool(changed)
+
+
+def run_name(settings: Settings) -> str:
+    """A folder's name for a run."""
+    return "-".join(filter(None, (settings.model, settings.attention, f"seed{settings.seed}")))
+
+
+class Loader:
+    """Reads data sets when they are first needed, each once for every size of image."""
+
+    def __init__(self, root: Path, download: bool, console: Console) -> None:
+        self.root, self.download, self.console = root, download, console
+        self._read: dict[tuple[str, data.Shape], data.Dataset] = {}
+
+    def __call__(self, name: str, shape: data.Shape) -> data.Dataset:
+        if (name, shape) not in self._read:
+            with self.console.status(f"reading {name}"):
+                self._read[name, shape] = data.load(name, shape, root=self.root, download=self.download)
+        return self._read[name, shape]
+
+
+def train(settings: Settings, load: Loader, out: Path, *, resume: bool, console: Console) -> dict[str, Any]:
+    """Trains, or with `resume` trains on, and gives what result.json holds.
+
+    Raises:
+        RuntimeError: `out` holds a run, and `resume` was not asked for or its settings are others. Nothing was touched.
+        RuntimeError, ValueError: the data cannot be had, or the settings do not fit it. Nothing was written.
+    """
+    if _is_finished(settings, out, resume):
+        return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    dataset = load(settings.data, models.input_shape(settings.model))
+    with use_backend(settings.backend), float32_precision(tf32=settings.precision == "tf32"):
+        run = Run(settings, dataset, out, console)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(out / "settings.json", json.dumps(settings.for_file(), indent=1) + "\n")
+        run.resume()
+        run.train()
+        return run.finish()
+
+
+def _is_finished(settings: Settings, out: Path, resume: bool) -> bool:
+    """Whether the folder holds this very run's result. A run may be gone on with if all that changed is that it takes longer."""
+    if not (out / "settings.json").exists():
+        return False
+    if not resume:
+        raise RuntimeError(f"{out} holds a run already; add --resume to go on with it, or choose another folder with --out")
+    stored = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    asked = settings.for_file()
+    compared = stored | {"epochs": max(stored["epochs"], asked["epochs"])}
+    differing = [f"{name} was {compared[name]!r}, now {asked[name]!r}" for name in asked if compared[name] != asked[name]]
+    if differing:
+        raise RuntimeError(f"{out} holds a run with other settings: {'; '.join(differing)}; give the same, or choose another --out")
+    result = out / "result.json"
+    return result.exists() and json.loads(result.read_text(encoding="utf-8"))["epochs"] == asked["epochs"]
+
+
+def model_of(path: Path) -> tuple[nn.Module, Settings, tuple[str, ...]]:
+    """The model of a checkpoint with its weights, in evaluation mode, the settings of its run, and its classes."""
+    tensors, description = checkpoint.load(path)
+    settings = Settings.from_file(description["settings"])
+    model = models.create_model(settings.model, description["width"], attention=settings.attention)
+    model.load_state_dict(training.part_of(tensors, "model."))
+    return model.eval(), settings, tuple(description["classes"])
