@@ -12,7 +12,8 @@ from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS
 INTERPRETING = device.triton_is_interpreting()
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 
-torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
