@@ -80,7 +80,7 @@ def test_common_mean(dtype):
     assert_correct(problems((1, 64, 16, 16), dtype, mean=3.0, gain=2.0))
 
 
-@pytest.mark.parametrize(("layout", "gradient_layout"), zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True))
+@pytest.mark.parametrize(("layout", "gradient_layout"), list(zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True)))
 def test_layouts(layout, gradient_layout):
     assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems((3, 16, 5, 7))])
 

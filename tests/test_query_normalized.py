@@ -87,7 +87,7 @@ def test_chunks_of_keys_are_added_up(scores_at_once, dtype, place, monkeypatch):
     assert_correct(problems((3, 8, 5, 7), dtype, regime="peaked"), "torch", place)
 
 
-@pytest.mark.parametrize(("layout", "gradient_layout"), zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True))
+@pytest.mark.parametrize(("layout", "gradient_layout"), list(zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True)))
 def test_layouts(layout, gradient_layout, place):
     several = [p.to(place) for p in problems((3, 16, 5, 7), regime="peaked")]
     moved = [replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in several]

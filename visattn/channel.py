@@ -1,8 +1,9 @@
 """Attention between the channels of a map, in PyTorch: any device, any floating dtype, two large matrix products.
 
-With q, k, v (N, C, L) as 1×1 convolutions of x, `softmax(scale · q kᵀ) v` needs the pixels only through their Gram matrix
-`G = Σ_l x_l x_lᵀ` and their sum `s = Σ_l x_l`, both of which are small:
-`q kᵀ = W_q G W_kᵀ + (W_q s) b_kᵀ + b_q (W_k s)ᵀ + L b_q b_kᵀ` and `A v = (A W_v) x + A b_v`.
+With q, k, v (N, C, L) as 1×1 convolutions of x, `softmax(scale · q kᵀ) v` needs the pixels only through their mean μ and their
+centred Gram matrix `G = Σ_l (x_l - μ)(x_l - μ)ᵀ`, both of which are small:
+`q kᵀ = W_q G W_kᵀ + L (W_q μ + b_q)(W_k μ + b_k)ᵀ` and `A v = (A W_v) x + A b_v`.
+Without centring, a common mean would leave nothing but rounding errors of G where W_q or W_k cancels it.
 """
 
 from typing import Any
@@ -61,31 +62,31 @@ def _project(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def _logits(x: Tensor, w_q: Tensor, w_k: Tensor, b_q: Tensor | None, b_k: Tensor | None) -> Tensor:
     """`Σ_l q_l k_lᵀ` (N, C, C) for x (N, C, L), without q and k."""
-    gram, total = Sums.apply(x)
-    q_x, q_total = w_q @ gram, w_q @ total  # Σ_l q_l x_lᵀ and Σ_l q_l
-    if b_q is not None:
-        q_x, q_total = q_x + b_q[:, None] * total.mT, q_total + x.shape[2] * b_q[:, None]
-    logits = q_x @ w_k.mT
-    return logits if b_k is None else logits + q_total * b_k
+    gram, mean = Statistics.apply(x)
+    mean_q, mean_k = (w @ mean if b is None else w @ mean + b[:, None] for w, b in ((w_q, b_q), (w_k, b_k)))
+    return torch.baddbmm(w_q @ gram @ w_k.mT, mean_q, mean_k.mT, alpha=x.shape[2])
 
 
-class Sums(torch.autograd.Function):
-    """`Σ_l x_l x_lᵀ` (N, C, C) and `Σ_l x_l` (N, C, 1) in fp32 or wider; the gradient is one product where autograd's takes two."""
+class Statistics(torch.autograd.Function):
+    """`Σ_l (x_l - μ)(x_l - μ)ᵀ` (N, C, C) and `μ` (N, C, 1) in fp32 or wider; the gradient is one product where autograd's takes two."""
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = _at_least_float32(x)
-        return torch.bmm(wide, wide.mT), wide.sum(2, keepdim=True)
+        centered, mean = _centered(x)
+        return torch.bmm(centered, centered.mT), mean
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, d_gram: Tensor, d_total: Tensor) -> Tensor:
+    def backward(ctx: Any, d_gram: Tensor, d_mean: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return torch.baddbmm(d_total, d_gram + d_gram.mT, _at_least_float32(x)).to(x.dtype)
+        return torch.baddbmm(d_mean / x.shape[2], d_gram + d_gram.mT, _centered(x)[0]).to(x.dtype)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x - μ and μ, in fp32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.mean(2, keepdim=True)
+    return wide - mean, mean

@@ -127,7 +127,7 @@ def channel_attention(
     operands = [None if t is None else t.to(dtype) for t in (x, w_q.flatten(1), w_k.flatten(1), w_v.flatten(1), b_q, b_k, b_v)]
     factor = channels**-0.5 if scale is None else float(scale)
     with autograd.without_autocast(x):
-        out = channel.forward(*operands, factor, residual and not add_afterwards)  # type: ignore[arg-type]
+        out = channel.forward(*operands, factor, residual and not add_afterwards)  # type: ignore[arg-type, call-arg]
     return x + out if add_afterwards else out
 
 
