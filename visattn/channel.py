@@ -37,7 +37,7 @@ def forward(
     if tokens.shape[2] < tokens.shape[1]:
         branch = _of_few_pixels(tokens.to(dtype), w_q, w_k, w_v, b_q, b_k, b_v, scale)
     else:
-        weights = torch.softmax(scale * _logits(tokens, w_q, w_k, b_q, b_k), -1)
+        weights = torch.softmax(scale * _logits(tokens, w_q, w_k, b_q, b_k), -1).to(dtype)
         tokens = widen(tokens)
         bias = None if b_v is None else (weights @ b_v)[..., None].to(tokens.dtype)
         branch = _project((weights @ w_v).to(tokens.dtype), bias, tokens)
@@ -62,8 +62,10 @@ def _project(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 def _logits(x: Tensor, w_q: Tensor, w_k: Tensor, b_q: Tensor | None, b_k: Tensor | None) -> Tensor:
     """`Σ_l q_l k_lᵀ` (N, C, C) for x (N, C, L), without q and k."""
-    gram, mean = Statistics.apply(x)
-    mean_q, mean_k = (w @ mean if b is None else w @ mean + b[:, None] for w, b in ((w_q, b_q), (w_k, b_k)))
+    dtype = w_q.dtype if x.device.type == "mps" else torch.float64  # Metal has none
+    gram, mean = (t.to(dtype) for t in Statistics.apply(x))
+    w_q, w_k = w_q.to(dtype), w_k.to(dtype)
+    mean_q, mean_k = (w @ mean if b is None else w @ mean + b.to(dtype)[:, None] for w, b in ((w_q, b_q), (w_k, b_k)))
     return torch.baddbmm(w_q @ gram @ w_k.mT, mean_q, mean_k.mT, alpha=x.shape[2])
 
 
