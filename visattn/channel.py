@@ -14,6 +14,9 @@ from torch import Tensor
 from .layout import memory_format_of
 from .torch_backend import widen
 
+PIXELS_PER_CHANNEL = 4
+"""From here on the Gram matrix pays. With as many pixels as channels it is slower than q, k and v."""
+
 
 def forward(
     x: Tensor,
@@ -34,7 +37,7 @@ def forward(
     w_q, w_k, w_v = w_q.to(dtype), w_k.to(dtype), w_v.to(dtype)
     b_q, b_k, b_v = (None if b is None else b.to(dtype) for b in (b_q, b_k, b_v))
     tokens = x.flatten(2)
-    if tokens.shape[2] < tokens.shape[1]:
+    if tokens.shape[2] < PIXELS_PER_CHANNEL * tokens.shape[1]:
         branch = _of_few_pixels(tokens.to(dtype), w_q, w_k, w_v, b_q, b_k, b_v, scale)
     else:
         weights = torch.softmax(scale * _logits(tokens, w_q, w_k, b_q, b_k), -1).to(dtype)
@@ -49,7 +52,7 @@ def forward(
 def _of_few_pixels(
     x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, b_k: Tensor | None, b_v: Tensor | None, scale: float
 ) -> Tensor:
-    """The branch (N, C, L) as it is written: where there are fewer pixels than channels, products of C×C cost more than q, k and v."""
+    """The branch (N, C, L) as it is written: over few pixels, products of C×C cost more than q, k and v."""
     pairs = ((w_q, b_q), (w_k, b_k), (w_v, b_v))
     q, k, v = (_project(w.expand(len(x), -1, -1), None if b is None else b[:, None], x) for w, b in pairs)
     return torch.bmm(torch.softmax(scale * torch.bmm(q, k.mT), -1), v)
