@@ -29,7 +29,7 @@ SHAPES = [
     (1, 33, 14, 14),
     (1, 20, 9, 7),
     (2, 64, 8, 9),
-    (1, 128, 8, 8),
+    (1, 64, 16, 17),
 ]
 NAMES = ("x", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v")
 PLACE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -71,7 +71,7 @@ def test_branch_and_gradients(shape, dtype, regime):
 @pytest.mark.parametrize("present", ["", "b_q", "b_k", "b_v", "b_q b_k"])
 def test_any_bias_may_be_missing(present):
     absent = {name: None for name in ("b_q", "b_k", "b_v") if name not in present.split()}
-    for shape in ((2, 20, 6, 5), (2, 20, 3, 5)):
+    for shape in ((2, 6, 6, 5), (2, 20, 3, 5)):
         assert_correct([replace(p, **absent) for p in problems(shape)])
 
 
@@ -82,11 +82,11 @@ def test_common_mean(dtype):
 
 @pytest.mark.parametrize(("layout", "gradient_layout"), list(zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True)))
 def test_layouts(layout, gradient_layout):
-    assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems((3, 16, 5, 7))])
+    assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems((3, 8, 5, 7))])
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("shape", [(2, 24, 6, 8), (2, 24, 2, 3)], ids=["many pixels", "few pixels"])
+@pytest.mark.parametrize("shape", [(2, 8, 6, 8), (2, 24, 2, 3)], ids=["many pixels", "few pixels"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_memory_format_is_kept(memory_format, shape, residual):
     p = make_problem(shape)
@@ -95,7 +95,7 @@ def test_memory_format_is_kept(memory_format, shape, residual):
 
 
 def test_residual_and_scale():
-    p = make_problem((2, 12, 5, 6), torch.float64)
+    p = make_problem((2, 6, 5, 6), torch.float64)
     for options in ({"residual": False}, {"scale": 0.01}, {"scale": 0, "residual": False}):
         tensors = {name: getattr(p, name) for name in NAMES}
         torch.testing.assert_close(F.channel_attention(**tensors, **options), reference.channel_attention(**tensors, **options))
@@ -108,7 +108,7 @@ def test_weights_of_convolutions():
 
 
 def test_empty_batch():
-    results = run(OURS, replace(make_problem((0, 8, 5, 5)), gamma=None))
+    results = run(OURS, replace(make_problem((0, 4, 5, 5)), gamma=None))
     assert results["out"].shape == results["x"].shape == (0, 8, 5, 5)
     for name in NAMES[1:]:
         assert torch.equal(results[name], torch.zeros_like(results[name])), name
@@ -173,7 +173,7 @@ class TestGates:
         assert self.rejections(fault), f"no gate noticed: {fault}"
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 2, 3), (2, 4, 1, 3)], ids=["many pixels", "few pixels"])
+@pytest.mark.parametrize("shape", [(2, 2, 2, 4), (2, 4, 1, 3)], ids=["many pixels", "few pixels"])
 def test_gradcheck_and_gradgradcheck(shape):
     p = make_problem(shape, torch.float64)
     leaves = tuple(getattr(p, name).requires_grad_() for name in NAMES)
@@ -235,7 +235,7 @@ class TestModule:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_autocast_is_that_of_the_other_layer(self, dtype):
-        module, x = visattn.ChannelAttention(16), torch.randn(2, 16, 5, 6)
+        module, x = visattn.ChannelAttention(6), torch.randn(2, 6, 5, 6)
         with torch.autocast("cpu", dtype=dtype):
             out, inner = module(x), module(x.to(dtype))
             compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(x)

@@ -15,7 +15,7 @@ from .layout import memory_format_of
 from .torch_backend import widen
 
 PIXELS_PER_CHANNEL = 4
-"""From here on the Gram matrix pays. With as many pixels as channels it is slower than q, k and v."""
+"""From here on the Gram matrix pays; at half of it both take as long. Measured on the CPU."""
 
 
 def forward(
