@@ -109,7 +109,7 @@ def test_weights_of_convolutions():
 
 def test_empty_batch():
     results = run(OURS, replace(make_problem((0, 4, 5, 5)), gamma=None))
-    assert results["out"].shape == results["x"].shape == (0, 8, 5, 5)
+    assert results["out"].shape == results["x"].shape == (0, 4, 5, 5)
     for name in NAMES[1:]:
         assert torch.equal(results[name], torch.zeros_like(results[name])), name
 
