@@ -1,5 +1,7 @@
 """torch.compile, torch.export and the contracts of the library ops."""
 
+import functools
+
 import pytest
 import torch
 
@@ -40,6 +42,24 @@ def test_compiled_step_is_the_eager_step(compiler, memory_format, backend, place
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make_layer", [functools.partial(visattn.Attention, normalize="queries"), visattn.ChannelAttention], ids=["queries", "channels"]
+)
+@pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
+def test_compiled_and_exported_layers_without_kernel(make_layer, memory_format):
+    module = make_layer(16)
+    x = torch.randn(2, 16, 6, 5).contiguous(memory_format=memory_format).requires_grad_()
+    expected_out, expected = step(module, x)
+    for compiler in ("inductor", "aot_eager"):
+        out, gradients = step(torch.compile(module, fullgraph=True, backend=compiler), x)
+        assert out.stride() == expected_out.stride()
+        torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
+        for got, want in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    exported = torch.export.export(module, (x.detach(),)).module()
+    torch.testing.assert_close(exported(x), expected_out, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_without_gradient(backend, place):
@@ -101,28 +121,31 @@ def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("optional", [True, False], ids=["all parameters", "weights only"])
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
 class TestOpcheck:
-    def test_forward(self, memory_format, optional, backend, place):
+    def test_forward(self, memory_format, optional, normalize, backend, place):
         arguments = op_arguments(place, memory_format, optional=optional, requires_grad=True)
-        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, True, backend, True))
+        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, True, normalize, backend, True))
 
-    def test_forward_that_saves_nothing(self, memory_format, optional, backend, place):
+    def test_forward_that_saves_nothing(self, memory_format, optional, normalize, backend, place):
         arguments = op_arguments(place, memory_format, optional=optional, requires_grad=False)
-        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, False, backend, False))
+        torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, False, normalize, backend, False))
 
     @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
-    def test_backward(self, need, memory_format, optional, backend, place):
+    def test_backward(self, need, memory_format, optional, normalize, backend, place):
         x, b_k, *weights = op_arguments(place, memory_format, optional=optional, requires_grad=False)
-        _, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, backend, True)
-        torch.library.opcheck(ops.self_attention_2d_backward, (torch.randn_like(x), x, *weights, y, lse, 0.3, True, backend, *need))
+        _, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, normalize, backend, True)
+        tensors = (torch.randn_like(x), x, *weights, y, lse)
+        torch.library.opcheck(ops.self_attention_2d_backward, (*tensors, 0.3, True, normalize, backend, *need))
 
 
-def test_second_derivative_of_the_op():
+@pytest.mark.parametrize("normalize", ["keys", "queries"])
+def test_second_derivative_of_the_op(normalize):
     p = make_problem((2, 3, 3, 2), torch.float64, regime="peaked")
     leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
 
     def op(x, *weights):
-        return ops.self_attention_2d(x, p.b_k, *weights, 0.5, True, "torch", True)[0]
+        return ops.self_attention_2d(x, p.b_k, *weights, 0.5, True, normalize, "torch", True)[0]
 
     assert torch.autograd.gradcheck(op, leaves)
     assert torch.autograd.gradgradcheck(op, leaves)
@@ -132,7 +155,7 @@ def test_op_and_eager_give_the_same_bits():
     p = make_problem((2, 8, 4, 3))
     leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
     x, *weights = leaves
-    op = ops.self_attention_2d(x, p.b_k, *weights, 8**-0.5, True, "torch", True)[0]
+    op = ops.self_attention_2d(x, p.b_k, *weights, 8**-0.5, True, "keys", "torch", True)[0]
     eager = functional.self_attention_2d(x, p.w_q, p.w_k, p.w_v, p.b_q, p.b_k, p.b_v, gamma=p.gamma, backend="torch")
     assert torch.equal(op, eager)
     for a, b in zip(torch.autograd.grad(op, leaves, p.d_out), torch.autograd.grad(eager, leaves, p.d_out), strict=True):

@@ -9,7 +9,7 @@ SCRIPT = """
 import resource, sys, torch, visattn
 side, train, order = int(sys.argv[1]), sys.argv[2] == "train", sys.argv[3]
 torch.set_num_threads(1)
-layer = visattn.Attention(32)
+layer = eval(sys.argv[4])
 def run(side):
     x = torch.randn(1, 32, side, side, requires_grad=train)
     with torch.set_grad_enabled(train):
@@ -26,16 +26,26 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def mebibytes(side: int, mode: str, order: str = "first") -> int:
-    result = subprocess.run([sys.executable, "-c", SCRIPT, str(side), mode, order], capture_output=True, text=True, check=True)
+def mebibytes(side: int, mode: str, layer: str, order: str = "first") -> int:
+    result = subprocess.run([sys.executable, "-c", SCRIPT, str(side), mode, order, layer], capture_output=True, text=True, check=True)
     return int(result.stdout)
 
 
+LAYERS = ["visattn.Attention(32)", "visattn.Attention(32, normalize='queries')", "visattn.ChannelAttention(32)"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mode", ["forward", "train"])
-def test_a_map_of_16384_pixels_takes_little(mode):
+def test_a_map_of_16384_pixels_takes_little(mode, layer):
     """The attention matrix alone would be 1 GiB."""
-    assert mebibytes(128, mode) < 256
+    assert mebibytes(128, mode, layer) < 256
 
 
-def test_second_derivatives_take_little():
-    assert mebibytes(96, "train", "second") < 512
+@pytest.mark.parametrize("layer", LAYERS)
+def test_second_derivatives_take_little(layer):
+    assert mebibytes(96, "train", layer, "second") < 512
+
+
+def test_attention_maps_normalised_over_the_queries_take_little():
+    layer = "lambda x: visattn.attention_rows(visattn.Attention(32, normalize='queries'), x, torch.tensor([[1, 2]]))"
+    assert mebibytes(128, "train", layer) < 256

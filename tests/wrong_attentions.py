@@ -24,6 +24,7 @@ def attention(
     *,
     gamma: Tensor | None = None,
     residual: bool = True,
+    normalize: str = "keys",
     fault: str = "",
 ) -> Tensor:
     """The formula with at most one fault."""
@@ -38,6 +39,8 @@ def attention(
         w_v = w_k
     if fault == "bias of the query ignored":
         b_q = None
+    if fault == "bias of the key ignored":
+        b_k = None
     if fault == "bias of the value ignored":
         b_v = None
     q, k, v = (torch.nn.functional.linear(tokens, w, b) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)))
@@ -49,18 +52,27 @@ def attention(
         k, v = k[:, :-1], v[:, :-1]
     if fault == "last tile unmasked":
         k, v = (torch.nn.functional.pad(t, (0, 0, 0, -t.shape[1] % 16)) for t in (k, v))
-    scales = {"scale dropped": 1.0, "scale 1/C": 1 / q.shape[-1], "scale 0.5": 0.5}
+    scales = {"scale dropped": 1.0, "scale 1/√L": q.shape[1] ** -0.5, "scale 1/C": 1 / q.shape[-1], "scale 0.5": 0.5}
     logits = scales.get(fault, q.shape[-1] ** -0.5) * (q @ k.mT)
     if fault == "natural logits under a base-2 exponential":
         logits = logits * 0.6931471805599453
     if fault == "logits multiplied by log2(e) under a natural exponential":
         logits = logits * 1.4426950408889634
-    weights = torch.softmax(logits, 1 if fault == "softmax over the queries" else 2)
+    over_queries = (normalize == "queries") != (fault == "softmax over the other axis")
+    weights = torch.softmax(logits, 1 if over_queries else 2)
     if fault == "uniform average":
         weights = torch.softmax(logits * 0, 2)
     if fault == "row sum without the last tile":
         weights = weights / weights[..., : -(weights.shape[-1] % 16 or 16)].sum(-1, keepdim=True)
+    if fault == "attention matrix transposed":
+        weights = weights.mT
+    if fault == "values not projected":
+        v = tokens
+    if fault == "bias of the value without the sum of the weights" and b_v is not None:
+        v = v - b_v
     branch = (weights @ v).mT
+    if fault == "bias of the value without the sum of the weights" and b_v is not None:
+        branch = branch + b_v[:, None]
     branch = branch.unflatten(2, (x.shape[3], x.shape[2])).mT if fault == "height and width swapped" else branch.unflatten(2, x.shape[2:])
     if gamma is not None and fault != "gamma ignored":
         branch = gamma * branch
@@ -129,7 +141,8 @@ class HandWrittenBackward(torch.autograd.Function):
 
 
 def by_hand(fault: str) -> Callable[..., Tensor]:
-    def run(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, residual):  # type: ignore[no-untyped-def]
+    def run(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, residual, normalize):  # type: ignore[no-untyped-def]
+        assert normalize == "keys"
         return HandWrittenBackward.apply(x, fault, residual, w_q, w_k, w_v, b_q, b_k, b_v, gamma)
 
     return run
@@ -146,9 +159,9 @@ FORWARD_FAULTS = [
     "query and key swapped", "weights of the query transposed", "weights of the value transposed", "values from the key projection",
     "bias of the query ignored", "bias of the value ignored", "missing W_k", "keys of the first map for every map", "one key dropped",
     "last tile unmasked", "scale dropped", "scale 1/C", "scale 0.5", "natural logits under a base-2 exponential",
-    "logits multiplied by log2(e) under a natural exponential", "softmax over the queries", "uniform average",
+    "logits multiplied by log2(e) under a natural exponential", "softmax over the other axis", "uniform average",
     "row sum without the last tile", "height and width swapped", "gamma ignored", "gamma applied twice", "residual missing",
-    "residual twice",
+    "residual twice", "attention matrix transposed", "values not projected", "scale 1/√L",
 ]  # fmt: skip
 BACKWARD_FAULTS = [
     "stale lse", "gamma missing in the gradient of y", "delta omitted", "delta without gamma", "scale missing in the query's gradient",

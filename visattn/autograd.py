@@ -1,6 +1,6 @@
 """The layer as a differentiable function, for eager calls: one forward, one backward, one backward of the backward.
 
-Both backends have the same two functions, `forward` and `backward`; what follows from their results (gradients of weights,
+All implementations have the same two functions, `forward` and `backward`; what follows from their results (gradients of weights,
 second derivatives) is computed here once for both. ops.py wires the same steps into torch.library.
 """
 
@@ -12,22 +12,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import torch_backend
+from . import query_normalized, torch_backend
 from .folding import Gradients, Weights, weight_gradients
 from .second_order import backward_of_backward
 
 
 class Settings(NamedTuple):
-    """What a call is told besides tensors. `backend` is "triton" or "torch"."""
+    """What a call is told besides tensors. `normalize` is "keys" or "queries", `backend` is "triton" or "torch".
+
+    With "queries" the roles of query and key are exchanged in all that follows: `Weights.w_q` and `Weights.b_q` are the key's,
+    `Weights.w_k` is the query's, and what is called b_k, the bias that softmax drops, is b_q.
+    """
 
     scale: float
     residual: bool
+    normalize: str
     backend: str
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module behind a backend's name; Triton is imported when it is first needed."""
-    if backend == "torch":
+def implementation(settings: Settings) -> ModuleType:
+    """The module that computes a call; Triton is imported when it is first needed."""
+    if settings.normalize == "queries":
+        return query_normalized
+    if settings.backend == "torch":
         return torch_backend
     from . import triton_backend
 
@@ -36,18 +43,16 @@ def implementation(backend: str) -> ModuleType:
 
 def compute_forward(x: Tensor, weights: Weights, settings: Settings, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not."""
-    with _without_autocast(x):
-        return implementation(settings.backend).forward(x, weights, settings.scale, settings.residual, save)
+    with without_autocast(x):
+        return implementation(settings).forward(x, weights, settings.scale, settings.residual, save)
 
 
 def compute_backward(
-    d_out: Tensor, x: Tensor, weights: Weights, y: Tensor, lse: Tensor | None, settings: Settings, need_x: bool, need_weights: bool
+    d_out: Tensor, x: Tensor, weights: Weights, y: Tensor | None, lse: Tensor | None, settings: Settings, need_x: bool, need_weights: bool
 ) -> tuple[Tensor | None, Gradients]:
     """The gradients of x and of every weight, None where not needed."""
-    with _without_autocast(x):
-        d_x, moments = implementation(settings.backend).backward(
-            x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights
-        )
+    with without_autocast(x):
+        d_x, moments = implementation(settings).backward(x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights)
         if moments is None:
             return d_x, (None,) * len(weights)
         return d_x, weight_gradients(weights, moments, settings.scale)
@@ -102,15 +107,15 @@ class SelfAttentionBackward(torch.autograd.Function):
     def backward(ctx: Any, v_x: Tensor | None, *v_weights: Tensor | None) -> tuple:
         d_out, x, *weights = ctx.saved_tensors
         settings = ctx.settings
-        with _without_autocast(x):
+        with without_autocast(x):
             phi_d_out, phi_x, phi_weights = backward_of_backward(
-                d_out, x, Weights(*weights), v_x, v_weights, settings.scale, settings.residual
+                d_out, x, Weights(*weights), v_x, v_weights, settings.scale, settings.residual, settings.normalize
             )
         # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
         return phi_d_out, phi_x, *phi_weights, None, None, None, None, None
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The operands already have the dtype they are to be computed in; autocast inside would round fp32 sums."""
     device_type = x.device.type
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

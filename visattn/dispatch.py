@@ -14,6 +14,11 @@ from . import device, validation
 BACKENDS = ("auto", "triton", "torch")
 MAX_CHANNELS = 256  # beyond, one query tile's accumulator no longer fits into registers beside its operands
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WITHOUT_KERNEL = {
+    "queries": "softmax over the queries has no kernel: its rows do not sum to one, so a query's output is not finished in one pass",
+    "channels": "attention over the channels has no kernel: it runs in PyTorch through the Gram matrix of the channels",
+}
+"""Why not, for each thing to normalise over besides the keys."""
 
 logger = logging.getLogger("visattn")
 
@@ -60,9 +65,9 @@ def requested_backend(backend: str | None) -> str:
     return in_environment
 
 
-def unsupported_reasons(x: Tensor, qk_channels: int) -> list[str]:
+def unsupported_reasons(x: Tensor, qk_channels: int, normalize: str = "keys") -> list[str]:
     """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can."""
-    reasons = []
+    reasons = [WITHOUT_KERNEL[normalize]] if normalize in WITHOUT_KERNEL else []
     interpreting = device.triton_is_interpreting()
     if not device.TRITON_IS_INSTALLED:
         reasons.append("the package triton is not installed")
@@ -81,7 +86,7 @@ def unsupported_reasons(x: Tensor, qk_channels: int) -> list[str]:
     return reasons
 
 
-def select_backend(x: Tensor, qk_channels: int, backend: str | None) -> str:
+def select_backend(x: Tensor, qk_channels: int, backend: str | None, normalize: str = "keys") -> str:
     """ "triton" or "torch".
 
     Raises:
@@ -90,7 +95,7 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None) -> str:
     requested = requested_backend(backend)
     if requested == "torch":
         return "torch"
-    reasons = unsupported_reasons(x, qk_channels)
+    reasons = unsupported_reasons(x, qk_channels, normalize)
     if not reasons:
         return "triton"
     if requested == "triton":
@@ -100,10 +105,10 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None) -> str:
     return "torch"
 
 
-def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None) -> str:
+def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, normalize: str = "keys") -> str:
     """Which backend a call with x would run on, and why not the other, in sentences."""
     requested = requested_backend(backend)
-    reasons = unsupported_reasons(x, qk_channels)
+    reasons = unsupported_reasons(x, qk_channels, normalize)
     problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"
     if requested == "triton" and reasons:
         return f"{problem}: would raise, backend 'triton' was asked for and cannot run: {'; '.join(reasons)}."

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import autograd, dispatch, validation
+from . import autograd, channel, dispatch, query_normalized, validation
 from .folding import Weights
 
 
@@ -19,6 +19,7 @@ def self_attention_2d(
     gamma: Tensor | None = None,
     scale: float | None = None,
     residual: bool = True,
+    normalize: str = "keys",
     backend: str | None = None,
 ) -> Tensor:
     """`x + γ · softmax(scale · q kᵀ) v` over the H·W pixels of a feature map, q, k, v being 1×1 convolutions of x.
@@ -30,10 +31,13 @@ def self_attention_2d(
         x: the map (N, C, H, W), any strides; float16, bfloat16, float32 or float64. N may be 0.
         w_q, w_k: (D, C) or (D, C, 1, 1), for any D of at least 1.
         w_v: (C, C) or (C, C, 1, 1).
-        b_q, b_k, b_v: (D), (D), (C) or None. b_k never changes the result: softmax drops it.
+        b_q, b_k, b_v: (D), (D), (C) or None. b_k never changes the result: softmax drops it. With `normalize="queries"` it is b_q
+            that never does.
         gamma: one element that multiplies the branch, or None.
         scale: factor of the logits; None means 1/√D.
         residual: whether x is added.
+        normalize: "keys", the formula: the weights of each query sum to one over the keys. "queries": the weights of each key sum
+            to one over the queries, as in one of the published answers to the assignment; there is no kernel for it.
         backend: "auto", "triton" or "torch"; None asks `use_backend`, then VISATTN_BACKEND, then means "auto".
 
     Returns:
@@ -44,7 +48,7 @@ def self_attention_2d(
         TypeError, ValueError: the arguments do not fit together; nothing has been computed.
         RuntimeError: an explicitly named backend cannot run; the message holds every reason.
     """
-    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale)
+    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
     qk_channels = w_q.shape[0]
     settings_scale = qk_channels**-0.5 if scale is None else float(scale)
 
@@ -53,7 +57,8 @@ def self_attention_2d(
     operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
     narrow_x = operands[0]
     assert narrow_x is not None
-    settings = autograd.Settings(settings_scale, residual and not add_afterwards, dispatch.select_backend(narrow_x, qk_channels, backend))
+    selected = dispatch.select_backend(narrow_x, qk_channels, backend, normalize)
+    settings = autograd.Settings(settings_scale, residual and not add_afterwards, normalize, selected)
     out = _run(settings, *operands)  # type: ignore[arg-type]
     return x + out if add_afterwards else out
 
@@ -70,6 +75,8 @@ def _run(
     gamma: Tensor | None,
 ) -> Tensor:
     """Runs eagerly, with or without a graph, or as an op where a compiler is looking."""
+    if settings.normalize == "queries":
+        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
     weights = Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_k, *weights))
     if torch.compiler.is_compiling():
@@ -81,17 +88,73 @@ def _run(
     return autograd.compute_forward(x, weights, settings, save=False)[0]
 
 
-def attention_rows(x: Tensor, w_q: Tensor, w_k: Tensor, pixels: Tensor, b_q: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+def channel_attention(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    residual: bool = True,
+) -> Tensor:
+    """`x + softmax(scale · q kᵀ) v` with q, k, v (N, C, H·W): attention between the channels, softmax over the last axis.
+
+    Source: one of the published answers to the assignment, which leaves out a transposition, so that q kᵀ is C×C. It costs two
+    large matrix products, and memory linear in the number of pixels. Gradients of any order are right.
+
+    Args:
+        x: the map (N, C, H, W), any strides; float16, bfloat16, float32 or float64. N may be 0.
+        w_q, w_k, w_v: (C, C) or (C, C, 1, 1); b_q, b_k, b_v: (C) or None.
+        scale: factor of the logits, which are sums over all pixels; None means 1/√C.
+        residual: whether x is added.
+
+    Returns:
+        (N, C, H, W), in the dtype and memory format of `self_attention_2d`, under autocast too.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit together; nothing has been computed.
+        RuntimeError: `use_backend` or VISATTN_BACKEND asks for "triton"; there is no kernel.
+    """
+    validation.check_channel_attention(x, w_q, w_k, w_v, b_q, b_k, b_v, scale)
+    channels = x.shape[1]
+    dispatch.select_backend(x, channels, None, "channels")
+
+    dtype = _compute_dtype(x)
+    add_afterwards = residual and dtype != x.dtype
+    operands = [None if t is None else t.to(dtype) for t in (x, w_q.flatten(1), w_k.flatten(1), w_v.flatten(1), b_q, b_k, b_v)]
+    factor = channels**-0.5 if scale is None else float(scale)
+    with autograd.without_autocast(x):
+        out = channel.forward(*operands, factor, residual and not add_afterwards)  # type: ignore[arg-type, call-arg]
+    return x + out if add_afterwards else out
+
+
+def attention_rows(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    pixels: Tensor,
+    b_q: Tensor | None = None,
+    b_k: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    normalize: str = "keys",
+) -> Tensor:
     """The attention maps of chosen pixels: row `softmax(scale · q_i kᵀ)` of the attention matrix for each of them.
 
     Args:
         x: the map (N, C, H, W).
-        w_q, w_k: (D, C) or (D, C, 1, 1); b_q: (D) or None. A keys' bias would not change the rows.
+        w_q, w_k: (D, C) or (D, C, 1, 1); b_q, b_k: (D) or None. The bias that softmax drops does not change the rows: b_k, or
+            b_q with `normalize="queries"`.
         pixels: integer (P, 2), pairs (row, column).
         scale: factor of the logits; None means 1/√D.
+        normalize: as in `self_attention_2d`.
 
     Returns:
-        (N, P, H, W) in x's dtype; each map is non-negative and sums to one. Memory is N·P·H·W.
+        (N, P, H, W) in x's dtype; each map is non-negative. It sums to one over the keys that it shows, but not with
+        `normalize="queries"`, where every key's weight depends on what all the other queries make of that key. Memory is N·P·H·W.
 
     Raises:
         TypeError, ValueError: x or pixels are not as above.
@@ -99,9 +162,13 @@ def attention_rows(x: Tensor, w_q: Tensor, w_k: Tensor, pixels: Tensor, b_q: Ten
     validation.check_map(x)
     height, width = x.shape[2:]
     validation.check_pixels(pixels, height, width)
+    validation.check_normalize(normalize)
     factor = w_q.shape[0] ** -0.5 if scale is None else scale
     tokens = x.flatten(2)
-    chosen = tokens[:, :, pixels[:, 0] * width + pixels[:, 1]]
+    index = pixels[:, 0] * width + pixels[:, 1]
+    if normalize == "queries":
+        return query_normalized.rows(tokens, w_q.flatten(1), w_k.flatten(1), b_k, index, factor).unflatten(2, (height, width))
+    chosen = tokens[:, :, index]
     q = w_q.flatten(1) @ chosen
     if b_q is not None:
         q = q + b_q[:, None]

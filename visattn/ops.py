@@ -28,18 +28,19 @@ def self_attention_2d(
     gamma: Tensor | None,
     scale: float,
     residual: bool,
+    normalize: str,
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save`, lse also on the PyTorch path."""
+    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save`, lse also on the PyTorch path, y with "queries"."""
     weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
-    out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, backend), save)
+    out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
     return out, _present(_in_layout_of(y, x), x), _present(lse, x, torch.float32)
 
 
 @self_attention_2d.register_fake
-def _(x, b_k, w_q, b_q, w_k, w_v, b_v, gamma, scale, residual, backend, save):  # type: ignore[no-untyped-def]
-    y = empty_map_like(x).flatten(2) if save else None
+def _(x, b_k, w_q, b_q, w_k, w_v, b_v, gamma, scale, residual, normalize, backend, save):  # type: ignore[no-untyped-def]
+    y = empty_map_like(x).flatten(2) if save and normalize == "keys" else None
     lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save and backend == "triton" else None
     return empty_map_like(x), _present(y, x), _present(lse, x, torch.float32)
 
@@ -58,20 +59,21 @@ def self_attention_2d_backward(
     lse: Tensor,
     scale: float,
     residual: bool,
+    normalize: str,
     backend: str,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(d_x, d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
     weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
-    settings = autograd.Settings(scale, residual, backend)
+    settings = autograd.Settings(scale, residual, normalize, backend)
     saved_lse = lse if backend == "triton" else None
     d_x, d_weights = autograd.compute_backward(d_out, x, weights, y, saved_lse, settings, need_x, need_weights)
     return _present(d_x, x), *(_present(d, x) for d in d_weights)  # type: ignore[return-value]
 
 
 @self_attention_2d_backward.register_fake
-def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, backend, need_x, need_weights):  # type: ignore[no-untyped-def]
+def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, normalize, backend, need_x, need_weights):  # type: ignore[no-untyped-def]
     weights = (w_q, b_q, w_k, w_v, b_v, gamma)
     return _present(empty_map_like(x) if need_x else None, x), *(
         _present(w.new_empty(w.shape) if need_weights and w is not None else None, x) for w in weights
@@ -79,11 +81,11 @@ def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, backend
 
 
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, b_k, *weights, scale, residual, backend, _save = inputs
+    x, b_k, *weights, scale, residual, normalize, backend, _save = inputs
     _, y, lse = output
     ctx.mark_non_differentiable(y, lse)
     ctx.save_for_backward(x, b_k, *weights, y, lse)
-    ctx.settings = (scale, residual, backend)
+    ctx.settings = (scale, residual, normalize, backend)
 
 
 def _differentiate_forward(ctx: Any, d_out: Tensor, _d_y: Tensor, _d_lse: Tensor) -> tuple:
@@ -94,14 +96,14 @@ def _differentiate_forward(ctx: Any, d_out: Tensor, _d_y: Tensor, _d_lse: Tensor
         d_x if need_x else None,
         torch.zeros_like(b_k) if need_b_k else None,
         *(d if need else None for d, need in zip(d_weights, need_weights, strict=True)),
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
 def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    d_out, x, *weights, _y, _lse, scale, residual, _backend, need_x, need_weights = inputs
+    d_out, x, *weights, _y, _lse, scale, residual, normalize, _backend, need_x, need_weights = inputs
     ctx.save_for_backward(d_out, x, *weights)
-    ctx.scalars = (scale, residual)
+    ctx.settings = (scale, residual, normalize)
     ctx.need_x, ctx.need_weights = need_x, need_weights
 
 
@@ -109,8 +111,10 @@ def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate_backward(ctx: Any, v_x: Tensor, *v_weights: Tensor) -> tuple:
     d_out, x, *weights = ctx.saved_tensors
     cotangents = tuple(v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True))
-    phi_d_out, phi_x, phi_weights = backward_of_backward(d_out, x, Weights(*weights), v_x if ctx.need_x else None, cotangents, *ctx.scalars)
-    return phi_d_out, phi_x, *phi_weights, *(None,) * 7
+    phi_d_out, phi_x, phi_weights = backward_of_backward(
+        d_out, x, Weights(*weights), v_x if ctx.need_x else None, cotangents, *ctx.settings
+    )
+    return phi_d_out, phi_x, *phi_weights, *(None,) * 8
 
 
 self_attention_2d.register_autograd(_differentiate_forward, setup_context=_setup_forward)

@@ -2,7 +2,8 @@
 
 The backward pass computes `(∂x, ∂θ) = ∇ ⟨d_out, F(x, θ)⟩`. Its vector-Jacobian product with cotangents v = (v_x, v_θ) is the
 gradient of `φ = ⟨v, ∇⟨d_out, F⟩⟩ = ⟨d_out, Ḟ⟩`, where Ḟ is the derivative of F along v. Ḟ is written out below in
-differentiable operations; φ is a sum over query rows, so it is differentiated chunk by chunk and memory stays linear.
+differentiable operations; φ is a sum over query rows, so it is differentiated chunk by chunk and memory stays linear. Where
+softmax goes over the queries, φ is a sum over keys, and a chunk of keys contributes to every query.
 """
 
 import torch
@@ -15,7 +16,7 @@ SCORES_AT_ONCE = 1 << 20
 
 
 def backward_of_backward(
-    d_out: Tensor, x: Tensor, weights: Weights, v_x: Tensor | None, v_weights: Gradients, scale: float, residual: bool
+    d_out: Tensor, x: Tensor, weights: Weights, v_x: Tensor | None, v_weights: Gradients, scale: float, residual: bool, normalize: str
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Gradients of φ by d_out (N, C, H, W), x (N, C, H, W) and each weight, in fp32 or wider arithmetic.
 
@@ -39,11 +40,14 @@ def backward_of_backward(
             with torch.enable_grad():
                 keys = tokens[maps].detach().requires_grad_()
                 leaves = wide.map(lambda w: w.detach().requires_grad_())
-                tangent = _tangent_of_rows(keys, v_tokens[maps], rows, leaves, tangents, scale)
-                phi = (g[maps, :, rows] * tangent).sum()
+                if normalize == "keys":
+                    reached, tangent = rows, _tangent_of_rows(keys, v_tokens[maps], rows, leaves, tangents, scale)
+                else:
+                    reached, tangent = slice(None), _tangent_from_keys(keys, v_tokens[maps], rows, leaves, tangents, scale)
+                phi = (g[maps, :, reached] * tangent).sum()
                 wanted = [keys, *(w for w in leaves if w is not None)]
                 gradients = iter(torch.autograd.grad(phi, wanted, allow_unused=True))
-            phi_d_out[maps, :, rows] = tangent.detach()
+            phi_d_out[maps, :, reached] += tangent.detach()
             _add(phi_tokens[maps], next(gradients))
             for total in phi_weights:
                 if total is not None:
@@ -56,6 +60,19 @@ def backward_of_backward(
 
 def _tangent_of_rows(x: Tensor, v_x: Tensor, rows: slice, w: Weights, v: Weights, scale: float) -> Tensor:
     """The derivative of the branch's `rows` (n, C, M) along (v_x, v), by the product rule, line by line of the forward pass."""
+    p, v_p = _attention_weights(x, v_x, rows, w, v, scale)
+    return _projection(x @ p.mT, x @ v_p.mT + v_x @ p.mT, w, v)[1]
+
+
+def _tangent_from_keys(x: Tensor, v_x: Tensor, keys: slice, w: Weights, v: Weights, scale: float) -> Tensor:
+    """What `keys` contribute to the derivative of the whole branch (n, C, L) where softmax goes over the queries."""
+    p, v_p = _attention_weights(x, v_x, keys, w, v, scale)
+    values, v_values = _projection(x[:, :, keys], v_x[:, :, keys], w, v)
+    return values @ v_p + v_values @ p
+
+
+def _attention_weights(x: Tensor, v_x: Tensor, rows: slice, w: Weights, v: Weights, scale: float) -> tuple[Tensor, Tensor]:
+    """`rows` of the softmax (n, M, L) and their derivative."""
     x_m, v_m = x[:, :, rows], v_x[:, :, rows]
     q, v_q = w.w_q @ x_m, v.w_q @ x_m + w.w_q @ v_m
     if w.b_q is not None and v.b_q is not None:
@@ -63,14 +80,18 @@ def _tangent_of_rows(x: Tensor, v_x: Tensor, rows: slice, w: Weights, v: Weights
     u, v_u = scale * (w.w_k.mT @ q), scale * (v.w_k.mT @ q + w.w_k.mT @ v_q)
     p = torch.softmax(u.mT @ x, -1)
     v_s = v_u.mT @ x + u.mT @ v_x
-    v_p = p * (v_s - (p * v_s).sum(-1, keepdim=True))
-    y, v_y = x @ p.mT, x @ v_p.mT + v_x @ p.mT
+    return p, p * (v_s - (p * v_s).sum(-1, keepdim=True))
+
+
+def _projection(y: Tensor, v_y: Tensor, w: Weights, v: Weights) -> tuple[Tensor, Tensor]:
+    """`γ(W_v y + b_v)` and its derivative."""
     branch, tangent = w.w_v @ y, v.w_v @ y + w.w_v @ v_y
     if w.b_v is not None and v.b_v is not None:
         branch, tangent = branch + w.b_v[:, None], tangent + v.b_v[:, None]
     if w.gamma is not None and v.gamma is not None:
-        tangent = v.gamma.reshape(()) * branch + w.gamma.reshape(()) * tangent
-    return tangent
+        gamma = w.gamma.reshape(())
+        branch, tangent = gamma * branch, v.gamma.reshape(()) * branch + gamma * tangent
+    return branch, tangent
 
 
 def _tangent(cotangent: Tensor | None, weight: Tensor | None) -> Tensor | None:

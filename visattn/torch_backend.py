@@ -21,12 +21,12 @@ SDPA_MIN_TOKENS = 256
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L). lse is always None: backward computes its softmax anew."""
-    tokens = _widen(x.flatten(2))
-    u = _folded_queries(weights, scale, tokens)
+    tokens = widen(x.flatten(2))
+    u = folded_queries(weights, scale, tokens)
     y = _attend_sdpa(u, tokens) if _sdpa_is_quicker(tokens) else _attend_in_chunks(u, tokens)
 
-    w_v, b_v = _output_projection(weights, tokens.dtype)
-    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else _project(w_v, None, y)
+    w_v, b_v = output_projection(weights, tokens.dtype)
+    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else project(w_v, None, y)
     out = empty_map_like(x)
     if b_v is None:
         out.flatten(2).copy_(branch)
@@ -48,13 +48,13 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     del lse
-    tokens, g, y = _widen(x.flatten(2)), _widen(d_out.flatten(2)), _widen(y)
-    u = _folded_queries(weights, scale, tokens)
-    d_y = _project(_output_projection(weights, tokens.dtype)[0].mT, None, g)
+    tokens, g, y = widen(x.flatten(2)), widen(d_out.flatten(2)), widen(y)
+    u = folded_queries(weights, scale, tokens)
+    d_y = project(output_projection(weights, tokens.dtype)[0].mT, None, g)
 
     d_tokens = torch.zeros_like(tokens)
     d_u = torch.empty_like(tokens)
-    for maps, rows, p, d_s in _chunks(tokens, buffers=2):
+    for maps, rows, p, d_s in chunks(tokens, buffers=2):
         keys, u_chunk, d_y_chunk = tokens[maps], u[maps, :, rows], d_y[maps, :, rows]
         torch.softmax(torch.bmm(u_chunk.mT, keys, out=d_s), -1, out=p)
         d_p = torch.bmm(d_y_chunk.mT, keys, out=d_s)
@@ -66,40 +66,40 @@ def backward(
 
     d_x = None
     if need_x:
-        d_tokens += _gradient_through_queries(weights, scale, d_u)
+        d_tokens += gradient_through_queries(weights, scale, d_u)
         d_x = empty_map_like(x)
         if residual:
             torch.add(d_tokens, g, out=d_x.flatten(2))
         else:
             d_x.flatten(2).copy_(d_tokens)
-    return d_x, _moments(d_u, tokens, g, y) if need_weights else None
+    return d_x, moments(d_u, tokens, g, y) if need_weights else None
 
 
-def _widen(tokens: Tensor) -> Tensor:
+def widen(tokens: Tensor) -> Tensor:
     """fp16 is computed in fp32: logits leave the range of fp16 long before their softmax does."""
     return tokens.float() if tokens.dtype == torch.float16 else tokens
 
 
-def _folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
+def folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
     """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L)."""
     dtype = tokens.dtype
     if _queries_are_thin(weights):
         bias = None if weights.b_q is None else weights.b_q.to(dtype)
-        return _project(scale * weights.w_k.to(dtype).mT, None, _project(weights.w_q.to(dtype), bias, tokens))
+        return project(scale * weights.w_k.to(dtype).mT, None, project(weights.w_q.to(dtype), bias, tokens))
     product = _product_of_projections(weights, scale, dtype)
     if weights.b_q is None:
-        return _project(product, None, tokens)
+        return project(product, None, tokens)
     wide = torch.promote_types(dtype, torch.float32)
     bias = scale * (weights.w_k.to(wide).mT @ weights.b_q.to(wide))
-    return _project(product, bias.to(dtype), tokens)
+    return project(product, bias.to(dtype), tokens)
 
 
-def _gradient_through_queries(weights: Weights, scale: float, d_u: Tensor) -> Tensor:
+def gradient_through_queries(weights: Weights, scale: float, d_u: Tensor) -> Tensor:
     """What x receives from its folded queries' gradient: `scale · W_qᵀ W_k du` (N, C, L)."""
     dtype = d_u.dtype
     if _queries_are_thin(weights):
-        return _project(scale * weights.w_q.to(dtype).mT, None, _project(weights.w_k.to(dtype), None, d_u))
-    return _project(_product_of_projections(weights, scale, dtype).mT, None, d_u)
+        return project(scale * weights.w_q.to(dtype).mT, None, project(weights.w_k.to(dtype), None, d_u))
+    return project(_product_of_projections(weights, scale, dtype).mT, None, d_u)
 
 
 def _queries_are_thin(weights: Weights) -> bool:
@@ -117,7 +117,7 @@ def _product_of_projections(weights: Weights, scale: float, dtype: torch.dtype) 
     return (scale * (weights.w_k.to(wide).mT @ weights.w_q.to(wide))).to(dtype)
 
 
-def _output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`γ W_v` (C, C) and `γ b_v` (C)."""
     w_v, b_v = weights.w_v, weights.b_v
     if weights.gamma is not None:
@@ -126,7 +126,7 @@ def _output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Te
     return w_v.to(dtype), None if b_v is None else b_v.to(dtype)
 
 
-def _project(weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+def project(weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
     """`W t + b` for every token: (O, C) and (N, C, L) to (N, O, L)."""
     weight = weight.expand(len(tokens), -1, -1)
     return torch.bmm(weight, tokens) if bias is None else torch.baddbmm(bias[:, None], weight, tokens)
@@ -149,14 +149,14 @@ def _attend_sdpa(u: Tensor, tokens: Tensor) -> Tensor:
 def _attend_in_chunks(u: Tensor, tokens: Tensor) -> Tensor:
     """softmax(u xᵀ) x with at most SCORES_AT_ONCE scores in memory."""
     y = torch.empty_like(tokens)
-    for maps, rows, logits, p in _chunks(tokens, buffers=2):
+    for maps, rows, logits, p in chunks(tokens, buffers=2):
         keys = tokens[maps]
         torch.softmax(torch.bmm(u[maps, :, rows].mT, keys, out=logits), -1, out=p)
         y[maps, :, rows] = torch.bmm(keys, p.mT)
     return y
 
 
-def _chunks(tokens: Tensor, buffers: int) -> Iterator[tuple]:
+def chunks(tokens: Tensor, buffers: int) -> Iterator[tuple]:
     """Walks all query rows of all maps: `(slice of maps, slice of rows, *buffers)`, the buffers (maps, rows, L) reused throughout."""
     num_maps, _, length = tokens.shape
     maps_at_once = max(1, min(num_maps, SCORES_AT_ONCE // length**2))
@@ -169,7 +169,7 @@ def _chunks(tokens: Tensor, buffers: int) -> Iterator[tuple]:
             yield maps, rows, *(b[: maps.stop - maps.start, : rows.stop - rows.start] for b in whole)
 
 
-def _moments(d_u: Tensor, tokens: Tensor, g: Tensor, y: Tensor) -> Moments:
+def moments(d_u: Tensor, tokens: Tensor, g: Tensor, y: Tensor) -> Moments:
     wide = torch.promote_types(tokens.dtype, torch.float32)
     over_tokens = ([0, 2], [0, 2])
     return Moments(

@@ -11,6 +11,11 @@ def check_backend(backend: str, known: Sequence[str], source: str) -> None:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, known))}, got {backend!r}")
 
 
+def check_normalize(normalize: str) -> None:
+    if normalize not in ("keys", "queries"):
+        raise ValueError(f"normalize must be 'keys' (each query's weights sum to one) or 'queries' (each key's do), got {normalize!r}")
+
+
 def check_in_channels(in_channels: int) -> None:
     if isinstance(in_channels, bool) or not isinstance(in_channels, int):
         raise TypeError(f"in_channels must be an int, got {in_channels!r}")
@@ -43,9 +48,11 @@ def check_self_attention_2d(
     b_v: Tensor | None,
     gamma: Tensor | None,
     scale: float | None,
+    normalize: str,
 ) -> None:
     """The whole contract of `functional.self_attention_2d`, before anything is computed."""
     check_map(x)
+    check_normalize(normalize)
     channels = x.shape[1]
     named = (("w_q", w_q), ("w_k", w_k), ("w_v", w_v), ("b_q", b_q), ("b_k", b_k), ("b_v", b_v), ("gamma", gamma))
     for name, tensor in named:
@@ -65,6 +72,21 @@ def check_self_attention_2d(
         raise ValueError(f"gamma must have exactly one element, got shape {tuple(gamma.shape)}")
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None (1/√qk_channels), got {type(scale).__name__}; a tensor would need scale.item()")
+
+
+def check_channel_attention(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+    scale: float | None,
+) -> None:
+    """The whole contract of `functional.channel_attention`: that of `self_attention_2d`, and w_q keeps the channels."""
+    check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, None, scale, "keys")
+    _check_weight("w_q", w_q, x.shape[1], x.shape[1])
 
 
 def check_pixels(pixels: Tensor, height: int, width: int) -> None:
