@@ -36,7 +36,7 @@ ALLOWED = {
     "training": {"data"},
     "checkpoint": {"files"},
     "report": {"files"},
-    "experiment": {"checkpoint", "data", "device", "dispatch", "files", "models", "recipes", "report", "training"},
+    "experiment": {"checkpoint", "data", "device", "dispatch", "files", "models", "modules", "recipes", "report", "training"},
     "comparison": {"experiment", "files", "models", "recipes", "report"},
     "evaluation": {"data", "experiment", "models", "modules", "report", "training"},
     "demo": {"data", "files", "models", "modules", "recipes", "report", "training"},

@@ -1,7 +1,6 @@
 """Every model in every kind: its weights by name and shape, its scores and gradients, and what it refuses."""
 
 import copy
-import inspect
 from functools import partial
 from math import prod
 from unittest import mock
@@ -34,16 +33,10 @@ KINDS = {
 PARAMETERS = {"sagan_cnn": 520_870, "vit": 497_930, "cnn_mnist": 40_730}
 SMALL_FLAT = Flat(image_size=12, patch_size=4, width=6, heads=2, blocks=2)
 
-MISSING = {
-    "queries": "normalize" not in inspect.signature(visattn.Attention).parameters,
-    "channel": not hasattr(visattn, "ChannelAttention"),
-}
-
 
 def marked(name: str, kind: str | None) -> object:
-    """A pair as a parameter of a test; skipped as long as its layer is not there."""
-    skip = pytest.mark.skipif(MISSING.get(kind or "", False), reason=f"the layer of kind {kind!r} is not in visattn yet")
-    return pytest.param(name, kind, marks=skip, id=f"{name}-{kind}" if kind else name)
+    """A pair as a parameter of a test."""
+    return pytest.param(name, kind, id=f"{name}-{kind}" if kind else name)
 
 
 ALL = [marked(name, kind) for name in NAMES for kind in KINDS.get(name, (None,))]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visattn import checkpoint, data, models, training
+from visattn import checkpoint, data, experiment, models, training
 from visattn.cli import main
 from visattn.data import Normalization
 from visattn.training import Options, Trainer
@@ -316,3 +316,37 @@ def test_data_are_not_what_training_waits_for():
         for _ in trainer.steps():
             pass
     assert trainer.seconds_for_data < 0.5 * (time.perf_counter() - start)
+
+
+def test_map_draws_where_pixels_look(tmp_path, capsys):
+    """For the formula, for its departure over the queries, and for SAGAN's layer, each in the layer's own map."""
+    for name, attention, layer in (("cnn_double_attention", "queries", "6"), ("sagan_cnn", "fused", None)):
+        settings = experiment.settings_of(name, {"attention": attention, "data": "digits"})
+        model = models.create_model(name, 10, attention=attention)
+        description = {"settings": settings.for_file(), "classes": list("0123456789"), "width": 10}
+        checkpoint.save(tmp_path / name, {f"model.{n}": t for n, t in model.state_dict().items()}, description)
+        picture = tmp_path / f"{name}.png"
+        arguments = ["map", str(tmp_path / name), "--index", "3", "--pixel", "0", "31", "--pixel", "16", "16", "--out", str(picture)]
+        assert main(arguments + (["--layer", layer] if layer else [])) == 0
+        assert f"where 2 of 32×32 pixels look in layer {layer or 'sa1'} of {name}" in capsys.readouterr().out
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("mlp_mnist", [], "no attention over the pixels"),
+        ("cnn_late_attention", ["--layer", "2"], "no attention layer '2', expected one of 4"),
+        ("cnn_late_attention", ["--index", "360"], "--index must be between 0 and 359"),
+        ("cnn_late_attention", ["--pixel", "32", "0"], "32"),
+        ("cnn_late_attention", ["--image", "nothing.png"], "nothing.png is not an image"),
+    ],
+)
+def test_map_says_what_it_cannot_draw(tmp_path, capsys, name, arguments, message):
+    settings = experiment.settings_of(name, {"data": "digits"})
+    model = models.create_model(name, 10)
+    description = {"settings": settings.for_file(), "classes": list("0123456789"), "width": 10}
+    checkpoint.save(tmp_path / name, {f"model.{n}": t for n, t in model.state_dict().items()}, description)
+    assert main(["map", str(tmp_path / name), *arguments, "--out", str(tmp_path / "a.png")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import data, experiment, models, report, training
-from .modules import Attention, attention_rows
+from .modules import AttentionLayer, attention_rows
 
 
 def evaluate(path: Path, load: experiment.Loader, source: str | None, device: torch.device, out: Path | None) -> str:
@@ -58,7 +58,7 @@ def draw_attention(
             raise ValueError(f"--index must be between 0 and {len(test.labels) - 1}, got {index}")
         picture = test.pixels[index]
     name, module = _attention_layer(model, layer)
-    x = _input_of(model, module, settings.normalization.apply(picture[None]))
+    x = training.input_of(model, module, settings.normalization.apply(picture[None]))
     height, width = x.shape[2:]
     chosen = pixels or [(height * row // 4, width * column // 4) for row in (1, 3) for column in (1, 3)]
     with torch.no_grad():
@@ -68,8 +68,8 @@ def draw_attention(
     return f"Written to {out}: where {len(chosen)} of {height}×{width} pixels look in layer {name} of {settings.model}"
 
 
-def _attention_layer(model: nn.Module, name: str | None) -> tuple[str, Attention]:
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, Attention)}
+def _attention_layer(model: nn.Module, name: str | None) -> tuple[str, AttentionLayer]:
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AttentionLayer) and m.queries_and_keys().normalize != "channels"}
     if not layers:
         raise ValueError("the model has no attention over the pixels of a map")
     if name is None:
@@ -77,15 +77,3 @@ def _attention_layer(model: nn.Module, name: str | None) -> tuple[str, Attention
     if name not in layers:
         raise ValueError(f"the model has no attention layer {name!r}, expected one of {', '.join(layers)}")
     return name, layers[name]
-
-
-def _input_of(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    """What reaches `module` when the model sees the images."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        handle.remove()
-    return seen[0]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import checkpoint, data, files, models, report, training
 from .device import describe, float32_precision
 from .dispatch import use_backend
+from .modules import AttentionLayer, explain
 from .recipes import RECIPES, Recipe
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -209,6 +210,14 @@ class Run:
             num_classes=len(self.dataset.classes), device=self.device, precision=self.settings.precision,
         )  # fmt: skip
 
+    def _paths(self) -> list[str]:
+        """On what the attention layers of this package ran, each sentence once."""
+        if self.settings.attention == "naive":
+            return []
+        model, images = self.trainer.model.eval(), self.settings.normalization.apply(self.dataset.test.pixels[:1].to(self.device))
+        layers = [module for module in model.modules() if isinstance(module, AttentionLayer)]
+        return list(dict.fromkeys(explain(layer, training.input_of(model, layer, images)) for layer in layers))
+
     def _state(self, loss: float) -> str:
         best = self.tally.best_accuracy
         return f"loss {loss:.4f}" + (f"  best validation {100 * best:.2f} %" if best is not None else "")
@@ -238,6 +247,7 @@ class Run:
             "seconds_an_epoch": self.tally.seconds / settings.epochs,
             "share_of_time_for_data": self.trainer.seconds_for_data / self.tally.seconds,
             "processor": describe(self.device),
+            "paths": self._paths(),
             "commit": commit(),
             "versions": {name: metadata.version(name) for name in ("visattn", "torch")} | {"python": platform.python_version()},
         }

@@ -1,13 +1,35 @@
 """The layers: parameters and one functional call."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional, validation
 
 
-class _ThreeConvolutions(nn.Module):
+class QueriesAndKeys(NamedTuple):
+    """What decides where a layer looks: the arguments of those names of `functional.attention_rows`, or `normalize="channels"`."""
+
+    w_q: Tensor
+    w_k: Tensor
+    b_q: Tensor | None
+    b_k: Tensor | None
+    scale: float | None
+    normalize: str
+
+
+class AttentionLayer(nn.Module):
+    """A layer that `explain` and `attention_rows` can be asked about."""
+
+    def queries_and_keys(self) -> QueriesAndKeys:
+        raise NotImplementedError
+
+
+class _ThreeConvolutions(AttentionLayer):
     """What the layers share: the 1×1 convolutions of queries, keys and values, all from C channels to C, with bias."""
+
+    normalize: str
 
     def __init__(self, in_channels: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -16,6 +38,10 @@ class _ThreeConvolutions(nn.Module):
         self.conv_query = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
         self.conv_key = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
         self.conv_value = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
+
+    def queries_and_keys(self) -> QueriesAndKeys:
+        query, key = self.conv_query, self.conv_key
+        return QueriesAndKeys(query.weight, key.weight, query.bias, key.bias, None, self.normalize)
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         query, key, value = self.conv_query, self.conv_key, self.conv_value
@@ -69,6 +95,8 @@ class ChannelAttention(_ThreeConvolutions):
         device, dtype: where and as what the parameters are made.
     """
 
+    normalize = "channels"
+
     def __init__(self, in_channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(in_channels, device, dtype)
 
@@ -77,20 +105,19 @@ class ChannelAttention(_ThreeConvolutions):
         return functional.channel_attention(x, *self._parameters_in_order())
 
 
-def explain(layer: Attention | ChannelAttention, x: Tensor) -> str:
+def explain(layer: AttentionLayer, x: Tensor) -> str:
     """Which backend `layer(x)` would run on, and why not the other, in one sentence.
 
     Raises:
         TypeError: layer is not one of this package's layers.
         TypeError, ValueError: x does not fit the layer.
     """
-    _check_layer(layer)
+    asked = _asked_of(layer)
     validation.check_map(x)
-    normalize = layer.normalize if isinstance(layer, Attention) else "channels"
-    return dispatch.explain_selection(x, layer.conv_query.out_channels, normalize=normalize)
+    return dispatch.explain_selection(x, asked.w_q.shape[0], normalize=asked.normalize)
 
 
-def attention_rows(layer: Attention, x: Tensor, pixels: Tensor) -> Tensor:
+def attention_rows(layer: AttentionLayer, x: Tensor, pixels: Tensor) -> Tensor:
     """The attention maps of chosen pixels, (N, P, H, W), without the full matrix: see `functional.attention_rows`.
 
     Args:
@@ -99,16 +126,18 @@ def attention_rows(layer: Attention, x: Tensor, pixels: Tensor) -> Tensor:
         pixels: integer (P, 2), pairs (row, column).
 
     Raises:
-        TypeError: layer is not an `Attention`; a `ChannelAttention` has no map over the pixels.
+        TypeError: layer is not one of this package's layers, or weighs channels, and so has no map over the pixels.
         TypeError, ValueError: x or pixels are not as above.
     """
-    _check_layer(layer)
-    if isinstance(layer, ChannelAttention):
-        raise TypeError("attention_rows needs a layer that attends to pixels; ChannelAttention weighs channels, its matrix is C×C")
-    query, key = layer.conv_query, layer.conv_key
-    return functional.attention_rows(x, query.weight, key.weight, pixels, query.bias, key.bias, normalize=layer.normalize)
+    asked = _asked_of(layer)
+    if asked.normalize == "channels":
+        raise TypeError(f"attention_rows needs a layer that attends to pixels; {type(layer).__name__} weighs channels, its matrix is C×C")
+    return functional.attention_rows(
+        x, asked.w_q, asked.w_k, pixels, asked.b_q, asked.b_k, scale=asked.scale, normalize=asked.normalize
+    )  # fmt: skip
 
 
-def _check_layer(layer: nn.Module) -> None:
-    if not isinstance(layer, Attention | ChannelAttention):
+def _asked_of(layer: AttentionLayer) -> QueriesAndKeys:
+    if not isinstance(layer, AttentionLayer):
         raise TypeError(f"layer must be a visattn layer, got {type(layer).__name__}; visattn.Attention and visattn.ChannelAttention are")
+    return layer.queries_and_keys()

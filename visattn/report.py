@@ -105,6 +105,7 @@ def training_report(result: dict[str, Any], title: str) -> str:
         ["mean loss, first → last epoch", f"{losses[0]:.4f} → {losses[-1]:.4f}"],
         ["parameters", f"{result['parameters']:,}"],
         ["time an epoch", f"{result['seconds_an_epoch']:.1f} s, {100 * result['share_of_time_for_data']:.1f} % of it for data"],
+        ["attention layers", "<br>".join(result["paths"]) or "matrix products of PyTorch, or none"],
         ["processor", result["processor"]],
         ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
     ]

@@ -126,6 +126,18 @@ def confusion_matrix(
     return matrix
 
 
+@torch.no_grad()
+def input_of(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
+    """What reaches `module` when the model sees the images (N, C, H, W) in fp32."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def accuracy(matrix: Tensor) -> float:
     """The share of images on the diagonal of a confusion matrix."""
     return int(matrix.diagonal().sum()) / int(matrix.sum())

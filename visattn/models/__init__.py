@@ -1,11 +1,12 @@
 """The models of the assignments that the layers come from, by name."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
 
-from ..modules import Attention
+from ..modules import Attention, ChannelAttention
 from .cnn import cnn_double_attention, cnn_early_attention, cnn_late_attention, cnn_vanilla
 from .mnist import DigitTransformer, NaiveSingleHeadAttention, SingleHeadAttention, ViTLayer, cnn_mnist, mlp_mnist
 from .naive import NaiveAttention
@@ -31,19 +32,14 @@ class Model(NamedTuple):
     layers: Layers
 
 
-def _query_normalized(in_channels: int) -> nn.Module:
-    return Attention(in_channels, normalize="queries")  # type: ignore[call-arg]
-
-
-def _channel(in_channels: int) -> nn.Module:
-    from ..modules import ChannelAttention  # type: ignore[attr-defined]
-
-    return ChannelAttention(in_channels)
-
-
 CIFAR, DIGITS = (3, 32, 32), (1, 28, 28)
 NONE: Layers = {}
-ON_MAPS: Layers = {"fused": Attention, "naive": NaiveAttention, "queries": _query_normalized, "channel": _channel}
+ON_MAPS: Layers = {
+    "fused": Attention,
+    "naive": NaiveAttention,
+    "queries": partial(Attention, normalize="queries"),
+    "channel": ChannelAttention,
+}
 
 _MODELS = {
     "cnn_vanilla": Model(cnn_vanilla, CIFAR, NONE),

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..modules import AttentionLayer, QueriesAndKeys
 
 
-class SaganAttention(nn.Module):
+class SaganAttention(AttentionLayer):
     """`γ · softmax(q kᵀ) v + x` over the pixels of a map, γ a learned number that starts at 0, on the fused path.
 
     q, k, v are 1×1 convolutions with bias, q and k with an eighth of the channels. The logits are not scaled.
@@ -26,6 +27,10 @@ class SaganAttention(nn.Module):
         self.key_convolution = nn.Conv2d(in_channels, in_channels // 8, 1)
         self.value_convolution = nn.Conv2d(in_channels, in_channels, 1)
         self.gamma_parameter = nn.Parameter(torch.zeros(1))
+
+    def queries_and_keys(self) -> QueriesAndKeys:
+        query, key = self.query_convolution, self.key_convolution
+        return QueriesAndKeys(query.weight, key.weight, query.bias, key.bias, 1.0, "keys")
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
