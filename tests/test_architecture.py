@@ -19,7 +19,7 @@ ALLOWED = {
     "layout": set(),
     "device": {"kernels"},
     "validation": set(),
-    "dispatch": {"device", "validation"},
+    "dispatch": {"device", "kernels", "validation"},
     "torch_backend": {"folding", "layout"},
     "triton_backend": {"kernels", "device", "folding", "layout"},
     "second_order": {"folding"},
