@@ -92,6 +92,11 @@ def test_common_mean_does_not_cost_accuracy(shape, qk_channels, dtype, backend, 
     assert_correct(make_problems(shape, dtype, qk_channels=qk_channels, mean=3.0, gain=2.0), backend, place)
 
 
+def test_rounding_does_not_meet_a_large_mean(backend, place):
+    """Rows of dS that sum to zero but for rounding would multiply the mean of the keys, and their columns that of the map."""
+    assert_correct(make_problems((1, 64, 6, 6), qk_channels=8, mean=10.0, gain=2.0), backend, place)
+
+
 @pytest.mark.parametrize("qk_channels", [24, 3])
 def test_residual_adds_the_map_once_and_passes_the_gradient_once(qk_channels, backend, place):
     problem = make_problem((2, 24, 6, 7), qk_channels=qk_channels)
