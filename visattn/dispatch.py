@@ -101,7 +101,7 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None) -> str:
 
 
 def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None) -> str:
-    """Which backend a call with x would run on, and why not the other, in sentences."""
+    """Which backend a call with x would run on, in which form, and why not on the other, in sentences."""
     requested = requested_backend(backend)
     reasons = unsupported_reasons(x, qk_channels)
     problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"

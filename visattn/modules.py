@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 def explain(layer: Attention, x: Tensor) -> str:
-    """Which backend `layer(x)` would run on, and why not the other, in one sentence.
+    """Which backend `layer(x)` would run on, in which form, and why not on the other, in one sentence.
 
     Raises:
         TypeError: layer is not one of this package's layers.
