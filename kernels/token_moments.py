@@ -54,9 +54,8 @@ def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConf
     """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L)."""
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
-    block_a = min(config.block_m, block_channels(left_channels))
     num_tiles = num_maps * triton.cdiv(num_tokens, config.block_n)
-    channel_tiles = triton.cdiv(left_channels, block_a)
+    channel_tiles = triton.cdiv(left_channels, config.block_m)
     tiles_per_split = triton.cdiv(num_tiles, max(1, NUM_PROGRAMS // channel_tiles))
     splits = triton.cdiv(num_tiles, tiles_per_split)
     product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
@@ -66,7 +65,7 @@ def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConf
         right, *right.stride(),
         product, total,
         num_tiles, tiles_per_split, num_tokens,
-        A=left_channels, C=num_channels, BLOCK_A=block_a, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
+        A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return product.sum(0), total.sum(0)
