@@ -98,9 +98,19 @@ def caught_launches() -> Iterator[list[Launch]]:
 
 
 def layer_launches(
-    device: Device, dtype: torch.dtype, channels: int, tokens: int = 1024, *, highest: bool = True, channels_last: bool = False
+    device: Device,
+    dtype: torch.dtype,
+    channels: int,
+    tokens: int = 1024,
+    *,
+    qk_channels: int | None = None,
+    highest: bool = True,
+    channels_last: bool = False,
 ) -> list[Launch]:
-    """Every launch of one forward and backward pass of the layer, with biases, γ and residual, on a map of `tokens` pixels."""
+    """Every launch of one forward and backward pass of the layer, with biases, γ and residual, on a map of `tokens` pixels.
+
+    Queries and keys are as wide as the map, or of `qk_channels`; the form of the kernels is the one that the layer would take.
+    """
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -109,11 +119,23 @@ def layer_launches(
         return empty(2, tokens, channels).transpose(1, 2) if channels_last else empty(2, channels, tokens)
 
     target = device.kernel_target(highest)
+    width = qk_channels or channels
     x, d_out, y, out, d_x = (new_map() for _ in range(5))
-    w_q, w_k, w_v = (empty(channels, channels) for _ in range(3))
-    b_q, b_v, gamma, lse = empty(channels), empty(channels), empty(1), empty(2, tokens, of=torch.float32)
+    w_q, w_k, w_v = empty(width, channels), empty(width, channels), empty(channels, channels)
+    b_q, b_v, gamma, lse = empty(width), empty(channels), empty(1), empty(2, tokens, of=torch.float32)
     configs = kernels.backward_configs(channels, dtype, target)
     with caught_launches() as launches:
+        if kernels.projects_keys(channels, width):
+            projected = kernels.projected_configs(channels, dtype, target)
+            q, k, _ = kernels.qkv_projection(
+                x, kernels.Projection(w_q, b_q, 0.125), kernels.Projection(w_k), config=projected.qkv_projection
+            )
+            kernels.projected_attention_forward(q, k, x, x, w_v, b_v, gamma, out, y, lse, residual=True, config=projected.forward)
+            d_q, _ = kernels.projected_attention_backward(
+                q, k, x, d_out, w_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=projected
+            )
+            kernels.token_moments(d_q, x, config=configs.token_moments)
+            return launches
         kernels.attention_forward(
             x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
             scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),

@@ -2,16 +2,35 @@
 
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
-from .launch_config import BackwardConfigs, LaunchConfig, Target, backward_configs, forward_config
+from .launch_config import (
+    BackwardConfigs,
+    LaunchConfig,
+    ProjectedConfigs,
+    Target,
+    backward_configs,
+    forward_config,
+    projected_configs,
+    projects_keys,
+)
+from .projected_attention_backward import projected_attention_backward
+from .projected_attention_forward import projected_attention_forward
+from .qkv_projection import Projection, qkv_projection
 from .token_moments import token_moments
 
 __all__ = [
     "BackwardConfigs",
     "LaunchConfig",
+    "ProjectedConfigs",
+    "Projection",
     "Target",
     "attention_backward",
     "attention_forward",
     "backward_configs",
     "forward_config",
+    "projected_attention_backward",
+    "projected_attention_forward",
+    "projected_configs",
+    "projects_keys",
+    "qkv_projection",
     "token_moments",
 ]

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 
 from .launch_config import BackwardConfigs, block_channels
-from .primitives import LN2, LOG2E, dot_over_channels, load_rows, load_tile, locate, project_there_and_back, store_tile, tile_offsets
+from .primitives import (
+    LN2,
+    LOG2E,
+    dot_over_channels,
+    gradient_of_y,
+    load_tile,
+    locate,
+    project_there_and_back,
+    store_tile,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -45,16 +55,9 @@ def prepare_backward_kernel(
     )  # fmt: skip
     store_tile(u_ptr, y_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
 
-    d_y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
-        offs_o = start_o + tl.arange(0, BLOCK_D)
-        w_v = load_rows(w_v_ptr, offs_o, offs_c, C, C)
-        d_out_offsets = n * stride_gn + tile_offsets(offs_o, offs_m, stride_gc, stride_gl)
-        d_out = load_tile(d_out_ptr, d_out_offsets, offs_o, offs_m, C, num_tokens, True)
-        d_y = tl.dot(tl.trans(d_out), w_v, d_y, input_precision=INPUT_PRECISION)
-    if gamma_ptr is not None:
-        d_y *= tl.load(gamma_ptr).to(tl.float32)
-    d_y = tl.trans(d_y.to(x_ptr.dtype.element_ty))
+    d_y = gradient_of_y(
+        d_out_ptr + n * stride_gn, stride_gc, stride_gl, w_v_ptr, gamma_ptr, offs_c, offs_m, num_tokens, C, C, BLOCK_D, INPUT_PRECISION
+    )
     store_tile(d_y_ptr, y_offsets, d_y, offs_c, offs_m, C, num_tokens)
 
     y = load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True)

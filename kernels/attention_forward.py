@@ -14,10 +14,10 @@ from .primitives import (
     LOG2E,
     attend_tile,
     dot_over_channels,
-    load_rows,
     load_tile,
     locate,
     project_there_and_back,
+    store_output,
     store_tile,
     tile_offsets,
 )
@@ -110,23 +110,10 @@ def attention_forward_kernel(
     if lse_ptr is not None:
         tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
 
-    gamma = 1.0
-    if gamma_ptr is not None:
-        gamma = tl.load(gamma_ptr).to(tl.float32)
-    for start_o in tl.range(0, C, BLOCK_D, num_stages=1):
-        offs_o = start_o + tl.arange(0, BLOCK_D)
-        if BLOCK_K < BLOCK_C:
-            branch = dot_over_channels(
-                w_v_ptr, 1, C, offs_o, C, y_ptr, stride_oc, stride_ol, offs_m, num_tokens, C, BLOCK_K, INPUT_PRECISION
-            )
-        else:
-            branch = tl.dot(load_rows(w_v_ptr, offs_o, offs_c, C, C), tl.trans(y), input_precision=INPUT_PRECISION)
-        if b_v_ptr is not None:
-            branch += tl.load(b_v_ptr + offs_o, mask=offs_o < C, other=0.0).to(tl.float32)[:, None]
-        branch *= gamma
-        if RESIDUAL:
-            branch += load_tile(x_ptr, tile_offsets(offs_o, offs_m, stride_xc, stride_xl), offs_o, offs_m, C, num_tokens, True)
-        store_tile(out_ptr, tile_offsets(offs_o, offs_m, stride_oc, stride_ol), branch, offs_o, offs_m, C, num_tokens)
+    store_output(
+        y, y_ptr, stride_oc, stride_ol, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
+        out_ptr, stride_oc, stride_ol, offs_c, offs_m, num_tokens, C, C, RESIDUAL, BLOCK_K, BLOCK_D, INPUT_PRECISION,
+    )  # fmt: skip
 
 
 def attention_forward(

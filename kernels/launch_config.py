@@ -25,10 +25,10 @@ class Target:
 class LaunchConfig:
     """How one kernel is launched.
 
-    block_m: query tokens a program, for `token_moments` channels of the left factor. block_n: key tokens a step, for
-    `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens taken at once; fewer than the
-    map has means that they are read from memory step by step. block_d: rows of a weight a step. max_registers: of a
-    thread, where the assembler's own choice would spill; NVIDIA only.
+    block_m: query tokens a program, for `qkv_projection` tokens a program, for `token_moments` channels of the left factor.
+    block_n: key tokens a step, for `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens
+    taken at once; fewer than the map has means that they are read from memory step by step. block_d: rows of a weight a
+    step. max_registers: of a thread, where the assembler's own choice would spill; NVIDIA only.
     """
 
     block_m: int
@@ -63,9 +63,31 @@ class BackwardConfigs:
     token_moments: LaunchConfig
 
 
+@dataclass(frozen=True)
+class ProjectedConfigs:
+    """One configuration for each kernel of both passes with projected keys; `token_moments` takes that of `BackwardConfigs`."""
+
+    qkv_projection: LaunchConfig
+    forward: LaunchConfig
+    prepare: LaunchConfig
+    query_gradient: LaunchConfig
+    key_value_gradient: LaunchConfig
+
+
 def block_channels(num_channels: int) -> int:
     """Channels of a tile: the next power of two, and at least the 16 that a dot needs."""
     return max(16, 1 << (num_channels - 1).bit_length())
+
+
+def projects_keys(num_channels: int, qk_channels: int) -> bool:
+    """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
+
+    Counted in matrix products of padded width per pair of tokens, B being `block_channels`: folded, the forward pass takes
+    2 B(C) and the backward pass 7 B(C); projected, B(D) + B(C) and 4 B(D) + 3 B(C), one kernel more, and queries and keys in
+    memory. At B(D) = B(C)/2 that is a quarter less; a narrower B(D) only gains, a wider one gains nothing. Maps of at most
+    16 channels always fold, since no product is narrower than 16.
+    """
+    return 2 * block_channels(qk_channels) <= block_channels(num_channels)
 
 
 def forward_config(num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
@@ -78,7 +100,16 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
     return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
+def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
+    """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
+    return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
+
+
 def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
+    return _rows(_TABLE, num_channels, dtype, target)
+
+
+def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
     if dtype != torch.float32:
         operands, precision = "half", "ieee"
     else:
@@ -86,7 +117,7 @@ def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[Laun
     block_c = block_channels(num_channels)
     if precision == "bf16x6" and block_c == 256:
         precision = "tf32x3"  # of fp32 class as well, and two parts of an operand take fewer registers than three
-    row = _TABLE[target.architecture, operands][block_c]
+    row = table[target.architecture, operands][block_c]
     configs = []
     for block_m, block_n, block_k, block_d, num_warps, num_stages, *registers in row:
         max_registers = registers[0] if registers else None
@@ -96,13 +127,14 @@ def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[Laun
 
 _Sizes = tuple[int, ...]
 _Row = tuple[_Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
+_Table = dict[tuple[str, str], dict[int, _Row]]
 
 ALL = 256  # a tile of tokens stays in registers with all its channels
 
 # (architecture, operands) → channels of a tile → one entry for each kernel, in the order
 #     forward, prepare, query gradient, key and value gradient, token moments,
 # and each entry (block_m, block_n, block_k, block_d, num_warps, num_stages[, max_registers]).
-_TABLE: dict[tuple[str, str], dict[int, _Row]] = {
+_TABLE: _Table = {
     ("hopper", "half"): {
         16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (16, 64, ALL, 32, 4, 2)),
         32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
@@ -172,3 +204,63 @@ _TABLE |= {("blackwell", operands): _TABLE["hopper", operands] for operands in (
 _TABLE["blackwell", "half"] = _TABLE["hopper", "half"] | {
     256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
 }
+
+# The kernels with projected keys; the order of a row is
+#     qkv projection, forward, prepare, query gradient, key and value gradient,
+# and a row holds for keys of any width up to half the channels.
+_PROJECTED_TABLE: _Table = {
+    ("hopper", "half"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, ALL, 16, 8, 2)),
+    },
+    ("hopper", "tf32"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        128: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 32, 64, 16, 8, 1)),
+        256: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 16, 32, 16, 8, 1)),
+    },
+    ("hopper", "fp32"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+             (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1)),
+        256: ((64, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+             (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1)),
+    },
+    ("ampere", "half"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
+        128: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 32, ALL, 16, 4, 2)),
+        256: ((64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (16, 32, 128, 16, 8, 1)),
+    },
+    ("ampere", "tf32"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 32, ALL, 16, 4, 2)),
+        128: ((64, 64, ALL, 16, 4, 1), (32, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 32, 64, 16, 8, 1)),
+        256: ((64, 64, ALL, 16, 4, 1), (16, 32, 64, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+             (16, 16, 64, 16, 8, 1), (16, 32, 32, 16, 8, 1)),
+    },
+    ("ampere", "fp32"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
+        64: ((64, 64, ALL, 16, 4, 1), (32, 32, 32, 16, 8, 1), (32, 64, ALL, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (16, 32, 16, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (64, 64, ALL, 16, 8, 1),
+             (16, 32, 32, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1)),
+        256: ((32, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+             (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255)),
+    },
+    ("cdna", "half"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 32, 16, 16, 8, 1)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
+        128: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
+        256: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 32, 4, 2), (32, 16, ALL, 16, 4, 1)),
+    },
+    ("cdna", "fp32"): {
+        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (32, 32, 32, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2)),
+        256: ((64, 64, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1)),
+    },
+}  # fmt: skip
+_PROJECTED_TABLE |= {("blackwell", operands): _PROJECTED_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}

@@ -93,6 +93,83 @@ def project_there_and_back(
 
 
 @triton.jit
+def project_tile(
+    x, w_ptr, b_ptr, factor, out_ptr, stride_oc, stride_ol, offs_c, offs_l, num_tokens,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes `factor · (W t + b)` of each token t of the tile x (BLOCK_C, BLOCK_L) to out_ptr (ROWS, num_tokens).
+
+    w_ptr (ROWS, C); b_ptr (ROWS) or None; factor a number or None. BLOCK_R rows of the weight are taken at a time.
+    """
+    for start_r in tl.range(0, ROWS, BLOCK_R, num_stages=1):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        projected = tl.dot(load_rows(w_ptr, offs_r, offs_c, ROWS, C), x, input_precision=INPUT_PRECISION)
+        if b_ptr is not None:
+            projected += tl.load(b_ptr + offs_r, mask=offs_r < ROWS, other=0.0).to(tl.float32)[:, None]
+        if factor is not None:
+            projected *= factor
+        store_tile(out_ptr, tile_offsets(offs_r, offs_l, stride_oc, stride_ol), projected, offs_r, offs_l, ROWS, num_tokens)
+
+
+@triton.jit
+def project_back(
+    acc, t_ptr, stride_tc, stride_tl, w_ptr, offs_c, offs_l, num_tokens,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc (BLOCK_L, BLOCK_C) plus `Wᵀ t` for each token t of a tile of the map behind t_ptr (ROWS, num_tokens); w_ptr (ROWS, C)."""
+    for start_r in tl.range(0, ROWS, BLOCK_R, num_stages=1):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        w = load_rows(w_ptr, offs_r, offs_c, ROWS, C)
+        t = load_tile(t_ptr, tile_offsets(offs_r, offs_l, stride_tc, stride_tl), offs_r, offs_l, ROWS, num_tokens, True)
+        acc = tl.dot(tl.trans(t), w, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def store_output(
+    y, y_ptr, stride_yc, stride_yl, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
+    out_ptr, stride_oc, stride_ol, offs_cv, offs_m, num_tokens,
+    C: tl.constexpr, C_V: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes `x + γ (W_v y + b_v)` of a tile of tokens to out_ptr (C, num_tokens), x only with RESIDUAL.
+
+    y (BLOCK_M, BLOCK_CV), or, where that is wider than BLOCK_K, in y_ptr (C_V, num_tokens); w_v_ptr (C, C_V); b_v_ptr (C) or
+    None; gamma_ptr (1) or None; x_ptr (C, num_tokens).
+    """
+    gamma = 1.0
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr).to(tl.float32)
+    for start_r in tl.range(0, C, BLOCK_R, num_stages=1):
+        offs_r = start_r + tl.arange(0, BLOCK_R)
+        if offs_cv.shape[0] > BLOCK_K:
+            branch = dot_over_channels(
+                w_v_ptr, 1, C_V, offs_r, C, y_ptr, stride_yc, stride_yl, offs_m, num_tokens, C_V, BLOCK_K, INPUT_PRECISION
+            )
+        else:
+            branch = tl.dot(load_rows(w_v_ptr, offs_r, offs_cv, C, C_V), tl.trans(y), input_precision=INPUT_PRECISION)
+        if b_v_ptr is not None:
+            branch += tl.load(b_v_ptr + offs_r, mask=offs_r < C, other=0.0).to(tl.float32)[:, None]
+        branch *= gamma
+        if RESIDUAL:
+            branch += load_tile(x_ptr, tile_offsets(offs_r, offs_m, stride_xc, stride_xl), offs_r, offs_m, C, num_tokens, True)
+        store_tile(out_ptr, tile_offsets(offs_r, offs_m, stride_oc, stride_ol), branch, offs_r, offs_m, C, num_tokens)
+
+
+@triton.jit
+def gradient_of_y(
+    d_out_ptr, stride_gc, stride_gl, w_v_ptr, gamma_ptr, offs_cv, offs_m, num_tokens,
+    C: tl.constexpr, C_V: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dy = γ W_vᵀ dOut` for a tile of tokens: (BLOCK_CV, BLOCK_M), in the dtype of dOut. d_out_ptr (C, num_tokens); w_v_ptr (C, C_V)."""
+    d_y = tl.zeros((offs_m.shape[0], offs_cv.shape[0]), tl.float32)
+    d_y = project_back(d_y, d_out_ptr, stride_gc, stride_gl, w_v_ptr, offs_cv, offs_m, num_tokens, C_V, C, BLOCK_R, INPUT_PRECISION)
+    if gamma_ptr is not None:
+        d_y *= tl.load(gamma_ptr).to(tl.float32)
+    return tl.trans(d_y.to(d_out_ptr.dtype.element_ty))
+
+
+@triton.jit
 def attend_tile(logits, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
     """One step of online softmax: base-2 logits (BLOCK_M, BLOCK_N) weigh one tile x (BLOCK_C, BLOCK_N) of values.
 

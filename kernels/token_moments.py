@@ -18,18 +18,18 @@ def token_moments_kernel(
     right_ptr, stride_bn, stride_bc, stride_bl,
     product_ptr, total_ptr,
     num_tiles, tiles_per_split, num_tokens,
-    C: tl.constexpr,
+    A: tl.constexpr, C: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program sums `left_i right_iᵀ` and `left_i` over one split of the tokens, for BLOCK_A channels of left.
 
-    left_ptr, right_ptr (N, C, L); product_ptr (splits, C, C) fp32; total_ptr (splits, C) fp32. The N maps are cut into
-    num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
+    left_ptr (N, A, L); right_ptr (N, C, L); product_ptr (splits, A, C) fp32; total_ptr (splits, A) fp32. The N maps are cut
+    into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
     """
     pid = tl.program_id(0)
-    split = pid // tl.cdiv(C, BLOCK_A)
-    offs_a = pid % tl.cdiv(C, BLOCK_A) * BLOCK_A + tl.arange(0, BLOCK_A)
+    split = pid // tl.cdiv(A, BLOCK_A)
+    offs_a = pid % tl.cdiv(A, BLOCK_A) * BLOCK_A + tl.arange(0, BLOCK_A)
     offs_c = tl.arange(0, BLOCK_C)
     tiles_per_map = tl.cdiv(num_tokens, BLOCK_L)
     acc = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
@@ -39,32 +39,33 @@ def token_moments_kernel(
         n = tl.cast(tile // tiles_per_map, tl.int64)
         offs_l = tile % tiles_per_map * BLOCK_L + tl.arange(0, BLOCK_L)
         left_offsets = n * stride_an + tile_offsets(offs_a, offs_l, stride_ac, stride_al)
-        left = load_tile(left_ptr, left_offsets, offs_a, offs_l, C, num_tokens, True)
+        left = load_tile(left_ptr, left_offsets, offs_a, offs_l, A, num_tokens, True)
         right_offsets = n * stride_bn + tile_offsets(offs_c, offs_l, stride_bc, stride_bl)
         right = load_tile(right_ptr, right_offsets, offs_c, offs_l, C, num_tokens, True)
         acc = tl.dot(left, tl.trans(right), acc, input_precision=INPUT_PRECISION)
         total += tl.sum(left.to(tl.float32), 1)
-    rows = tl.cast(split, tl.int64) * C + offs_a
-    inside = (offs_a < C)[:, None] & (offs_c < C)[None, :]
+    rows = tl.cast(split, tl.int64) * A + offs_a
+    inside = (offs_a < A)[:, None] & (offs_c < C)[None, :]
     tl.store(product_ptr + rows[:, None] * C + offs_c[None, :], acc, mask=inside)
-    tl.store(total_ptr + rows, total, mask=offs_a < C)
+    tl.store(total_ptr + rows, total, mask=offs_a < A)
 
 
 def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Σ left_i right_iᵀ` (C, C) and `Σ left_i` (C), in fp32, over all tokens i of `left` and `right` (N, C, L)."""
-    num_maps, num_channels, num_tokens = left.shape
+    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L)."""
+    num_maps, left_channels, num_tokens = left.shape
+    num_channels = right.shape[1]
     num_tiles = num_maps * triton.cdiv(num_tokens, config.block_n)
-    channel_tiles = triton.cdiv(num_channels, config.block_m)
+    channel_tiles = triton.cdiv(left_channels, config.block_m)
     tiles_per_split = triton.cdiv(num_tiles, max(1, NUM_PROGRAMS // channel_tiles))
     splits = triton.cdiv(num_tiles, tiles_per_split)
-    product = torch.empty((splits, num_channels, num_channels), dtype=torch.float32, device=left.device)
-    total = torch.empty((splits, num_channels), dtype=torch.float32, device=left.device)
+    product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
+    total = torch.empty((splits, left_channels), dtype=torch.float32, device=left.device)
     token_moments_kernel[(splits * channel_tiles,)](
         left, *left.stride(),
         right, *right.stride(),
         product, total,
         num_tiles, tiles_per_split, num_tokens,
-        C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
+        A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return product.sum(0), total.sum(0)

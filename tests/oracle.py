@@ -91,11 +91,11 @@ def make_problem(
     return problem.to(dtype)
 
 
-def mask_trap(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0) -> Problem:
+def mask_trap(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0, qk_channels: int | None = None) -> Problem:
     """Logits so negative that a key which does not exist, read as zeros, would win the softmax with weight one."""
     problem = make_problem(shape, dtype, gamma=False, seed=seed)
-    channels = shape[1]
-    eye = torch.eye(channels, dtype=dtype)
+    channels = qk_channels or shape[1]
+    eye = torch.eye(channels, shape[1], dtype=dtype)
     noise = problem.x.to(torch.float64) * 0.2
     return replace(
         problem,

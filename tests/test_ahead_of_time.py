@@ -27,13 +27,30 @@ KERNELS = [
     "key_value_gradient_kernel",
     "token_moments_kernel",
 ]
+PROJECTED_KERNELS = [
+    "qkv_projection_kernel",
+    "projected_attention_forward_kernel",
+    "prepare_projected_backward_kernel",
+    "projected_query_gradient_kernel",
+    "projected_key_value_gradient_kernel",
+    "token_moments_kernel",
+]
 
 
-def check(name: str, precision: str, channels: int, *, tokens: int = 1024, channels_last: bool = False) -> None:
+def check(
+    name: str,
+    precision: str,
+    channels: int,
+    qk_channels: int | None = None,
+    *,
+    kernels: list[str] = KERNELS,
+    tokens: int = 1024,
+    channels_last: bool = False,
+) -> None:
     device = DEVICES[name]
     dtype, highest = PRECISIONS[precision]
-    launches = layer_launches(device, dtype, channels, tokens, highest=highest, channels_last=channels_last)
-    assert [launch.name for launch in launches] == KERNELS
+    launches = layer_launches(device, dtype, channels, tokens, qk_channels=qk_channels, highest=highest, channels_last=channels_last)
+    assert [launch.name for launch in launches] == kernels
     problems = []
     for launch in launches:
         compiled = compile_launch(launch, device)
@@ -67,6 +84,17 @@ def test_channels_last():
     check("sm_90", "bf16", 64, channels_last=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision", "channels", "qk_channels"),
+    [
+        ("sm_90", "bf16", 64, 8), ("sm_90", "fp16", 256, 32), ("sm_86", "fp16", 64, 8), ("sm_90", "fp32 highest", 32, 4),
+        ("gfx942", "fp16", 64, 8), ("sm_120", "bf16", 48, 20),
+    ],
+)  # fmt: skip
+def test_narrow_queries(name, precision, channels, qk_channels):
+    check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS)
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("channels", [16, 20, 32, 48, 64, 96, 128, 192, 256])
@@ -83,3 +111,24 @@ def test_every_configuration(name, precision, channels):
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_in_channels_last(name, precision, channels):
     check(name, precision, channels, channels_last=True)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("channels", "qk_channels"),
+    [(20, 5), (32, 4), (32, 16), (48, 20), (64, 8), (64, 32), (128, 16), (128, 64), (256, 32), (256, 128)],
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_with_narrow_queries(name, precision, channels, qk_channels):
+    check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("channels", "qk_channels"), [(32, 16), (64, 32), (128, 64), (256, 128)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_with_narrow_queries_in_channels_last(name, precision, channels, qk_channels):
+    check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS, channels_last=True)

@@ -19,7 +19,7 @@ ALLOWED = {
     "layout": set(),
     "device": {"kernels"},
     "validation": set(),
-    "dispatch": {"device", "validation"},
+    "dispatch": {"device", "kernels", "validation"},
     "torch_backend": {"folding", "layout"},
     "query_normalized": {"torch_backend", "folding", "layout"},
     "channel": {"torch_backend", "layout"},

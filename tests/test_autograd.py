@@ -48,10 +48,11 @@ def penalty_gradients(function, problem, names=("x", "w_q", "w_k", "w_v", "b_q",
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradient_penalty(dtype, backend, place):
+@pytest.mark.parametrize(("shape", "qk_channels"), [((3, 12, 5, 7), None), ((2, 20, 5, 7), 5)], ids=str)
+def test_gradient_penalty(shape, qk_channels, dtype, backend, place):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("the kernels have no float64")
-    problem = make_problem((3, 12, 5, 7), dtype, regime="peaked")
+    problem = make_problem(shape, dtype, qk_channels=qk_channels, regime="peaked")
     with use_backend(backend), recorded_backends() as ran:
         ours = penalty_gradients(functional.self_attention_2d, problem.to(place))
     assert set(ran) == {backend}
@@ -86,9 +87,15 @@ def test_first_order_works_in_chunks_like_in_one_piece(scores_at_once, monkeypat
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("wanted", list(itertools.chain(*(itertools.combinations(range(8), n) for n in (0, 1, 2)), [tuple(range(8))])))
-def test_any_subset_of_inputs_may_ask_for_a_gradient(wanted, backend, place):
-    problem = make_problem((1, 8, 3, 3)).to(place)
+SUBSETS = [*itertools.chain(*(itertools.combinations(range(8), n) for n in (0, 1, 2))), tuple(range(8))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "qk_channels", "wanted"),
+    [((1, 8, 3, 3), 8, w) for w in SUBSETS] + [((1, 20, 3, 3), 5, w) for w in ((0,), (1,), (2,), (3,), (4,), (0, 7), tuple(range(1, 8)))],
+)
+def test_any_subset_of_inputs_may_ask_for_a_gradient(shape, qk_channels, wanted, backend, place):
+    problem = make_problem(shape, qk_channels=qk_channels).to(place)
     names = ("x", "w_q", "w_k", "w_v", "b_q", "b_k", "b_v", "gamma")
     tensors = [getattr(problem, name).requires_grad_() for name in names]
     with use_backend(backend):

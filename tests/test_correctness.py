@@ -14,6 +14,11 @@ SHAPES = [
     (2, 3, 1, 1), (1, 8, 1, 2), (2, 16, 3, 5), (1, 20, 4, 4), (1, 32, 7, 7), (1, 48, 9, 7), (2, 64, 8, 8),
     (1, 64, 5, 13), (1, 33, 14, 14), (3, 16, 10, 10), (1, 96, 6, 11), (1, 128, 8, 8), (1, 256, 5, 7), (1, 200, 3, 11),
 ]  # fmt: skip
+# The same with D, for queries and keys so narrow that the kernels project them: every step of theirs has a tail somewhere.
+NARROW_SHAPES = [
+    ((2, 24, 1, 1), 3), ((1, 20, 3, 5), 5), ((1, 32, 5, 13), 4), ((1, 48, 5, 5), 20), ((1, 64, 6, 7), 8), ((1, 64, 3, 7), 32),
+    ((1, 72, 1, 9), 9),
+]  # fmt: skip
 LONG_SHAPES = [(1, 16, 25, 40), (1, 32, 31, 33), (1, 64, 32, 32), (1, 16, 25, 41), (1, 8, 64, 64)]
 
 
@@ -52,28 +57,49 @@ def test_queries_of_any_width(qk_channels, backend, place):
     assert_correct(make_problems((2, 32, 5, 9), qk_channels=qk_channels, regime="peaked"), backend, place)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "regime"), [(torch.float32, "uniform"), (torch.float32, "peaked"), (torch.float16, "peaked"), (torch.bfloat16, "peaked")]
+)
+@pytest.mark.parametrize(("shape", "qk_channels"), NARROW_SHAPES, ids=str)
+def test_narrow_queries(shape, qk_channels, dtype, regime, backend, place):
+    skip_unsupported(backend, dtype)
+    assert_correct(make_problems(shape, dtype, qk_channels=qk_channels, regime=regime), backend, place)
+
+
+@pytest.mark.parametrize("qk_channels", [None, 5])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gamma", [True, False])
-def test_optional_parameters(bias, gamma, backend, place):
-    assert_correct(make_problems((2, 20, 6, 5), bias=bias, gamma=gamma, regime="peaked"), backend, place)
+def test_optional_parameters(bias, gamma, qk_channels, backend, place):
+    assert_correct(make_problems((2, 20, 6, 5), qk_channels=qk_channels, bias=bias, gamma=gamma, regime="peaked"), backend, place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 16, 5, 13), (1, 24, 9, 9), (1, 64, 3, 3)], ids=str)
-def test_keys_that_do_not_exist_have_no_weight(shape, dtype, backend, place):
+@pytest.mark.parametrize(
+    ("shape", "qk_channels"),
+    [((1, 16, 1, 1), None), ((2, 16, 5, 13), None), ((1, 24, 9, 9), None), ((1, 64, 3, 3), None), ((1, 24, 5, 7), 6)],
+    ids=str,
+)
+def test_keys_that_do_not_exist_have_no_weight(shape, qk_channels, dtype, backend, place):
     """A zero-filled key beyond the last pixel would win this softmax, forward and backward."""
-    assert_correct([mask_trap(shape, dtype, seed) for seed in range(6)], backend, place)
+    assert_correct([mask_trap(shape, dtype, seed, qk_channels) for seed in range(6)], backend, place)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_common_mean_does_not_cost_accuracy(dtype, backend, place):
+@pytest.mark.parametrize(("shape", "qk_channels"), [((1, 64, 16, 16), None), ((1, 64, 9, 9), 8)], ids=str)
+def test_common_mean_does_not_cost_accuracy(shape, qk_channels, dtype, backend, place):
     """Activations after a ReLU have a common mean; rounding keys or values would lose it."""
     skip_unsupported(backend, dtype)
-    assert_correct(make_problems((1, 64, 16, 16), dtype, mean=3.0, gain=2.0), backend, place)
+    assert_correct(make_problems(shape, dtype, qk_channels=qk_channels, mean=3.0, gain=2.0), backend, place)
 
 
-def test_residual_adds_the_map_once_and_passes_the_gradient_once(backend, place):
-    problem = make_problem((2, 24, 6, 7))
+def test_rounding_does_not_meet_a_large_mean(backend, place):
+    """Rows of dS that sum to zero but for rounding would multiply the mean of the keys, and their columns that of the map."""
+    assert_correct(make_problems((1, 64, 6, 6), qk_channels=8, mean=10.0, gain=2.0), backend, place)
+
+
+@pytest.mark.parametrize("qk_channels", [24, 3])
+def test_residual_adds_the_map_once_and_passes_the_gradient_once(qk_channels, backend, place):
+    problem = make_problem((2, 24, 6, 7), qk_channels=qk_channels)
     without, with_ = run_layer(problem, backend, place), run_layer(replace(problem, residual=True), backend, place)
     torch.testing.assert_close(with_["out"] - problem.x, without["out"], rtol=0, atol=1e-6)
     torch.testing.assert_close(with_["x"] - problem.d_out, without["x"], rtol=0, atol=2e-6)
@@ -109,8 +135,9 @@ def test_maps_of_a_batch_do_not_see_each_other(backend, place):
         torch.testing.assert_close(alone["x"], together["x"][n : n + 1], rtol=0, atol=2e-6)
 
 
-def test_repeats_are_bitwise_equal(backend, place):
-    problem = make_problem((3, 24, 9, 11), regime="peaked")
+@pytest.mark.parametrize("qk_channels", [24, 3])
+def test_repeats_are_bitwise_equal(qk_channels, backend, place):
+    problem = make_problem((3, 24, 9, 11), qk_channels=qk_channels, regime="peaked")
     first, second = run_layer(problem, backend, place), run_layer(problem, backend, place)
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -121,10 +148,11 @@ def test_keys_bias_has_no_gradient(backend, place):
     assert torch.equal(results["b_k"], torch.zeros(16))
 
 
-def test_empty_batch_gives_an_empty_map_and_zero_gradients(backend, place):
-    results = run_layer(make_problem((0, 16, 5, 5)), backend, place)
-    assert results["out"].shape == (0, 16, 5, 5)
-    assert results["x"].shape == (0, 16, 5, 5)
+@pytest.mark.parametrize("qk_channels", [20, 5])
+def test_empty_batch_gives_an_empty_map_and_zero_gradients(qk_channels, backend, place):
+    results = run_layer(make_problem((0, 20, 5, 5), qk_channels=qk_channels), backend, place)
+    assert results["out"].shape == (0, 20, 5, 5)
+    assert results["x"].shape == (0, 20, 5, 5)
     for name in ("w_q", "w_k", "w_v", "b_q", "b_v", "gamma"):
         assert torch.equal(results[name], torch.zeros_like(results[name])), name
 

@@ -65,11 +65,23 @@ def test_layouts(layout, gradient_layout, dtype, backend, place):
     assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems], backend)
 
 
-def compare_bits_in_interpreter(layout, gradient_layout, dtype):
+@pytest.mark.parametrize(
+    ("layout", "gradient_layout"),
+    [(channels_last, contiguous), (contiguous, channels_last), (sliced, one_map_for_all), (one_column_for_all, transposed)],
+)
+def test_layouts_with_narrow_queries(layout, gradient_layout, backend, place):
+    if backend == "triton" and INTERPRETING:
+        compare_bits_in_interpreter(layout, gradient_layout, torch.float16, qk_channels=5)
+        return
+    problems = [make_problem(SHAPE, torch.float16, qk_channels=5, regime="peaked", seed=seed).to(place) for seed in range(3)]
+    assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems], backend)
+
+
+def compare_bits_in_interpreter(layout, gradient_layout, dtype, qk_channels=None):
     """The kernels read strides and compute nothing from them, so the same values must give the same bits."""
     if dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
-    problem = make_problem(SHAPE, dtype, regime="peaked")
+    problem = make_problem(SHAPE, dtype, qk_channels=qk_channels, regime="peaked")
     moved = replace(problem, x=layout(problem.x), d_out=gradient_layout(problem.d_out))
     ours = run_layer(moved, "triton")
     expected = run_layer(replace(moved, x=moved.x.contiguous(), d_out=moved.d_out.contiguous()), "triton")

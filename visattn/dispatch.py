@@ -106,7 +106,7 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, normalize: 
 
 
 def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, normalize: str = "keys") -> str:
-    """Which backend a call with x would run on, and why not the other, in sentences."""
+    """Which backend a call with x would run on, in which form, and why not on the other, in sentences."""
     requested = requested_backend(backend)
     reasons = unsupported_reasons(x, qk_channels, normalize)
     problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"
@@ -117,7 +117,15 @@ def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, n
         return f"{problem}: runs on the PyTorch path, because backend 'torch' was asked for; the Triton kernels {possible}."
     if reasons:
         return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}."
-    return f"{problem}: runs on the Triton kernels{', in the interpreter' if device.triton_is_interpreting() else ''}."
+    interpreter = ", in the interpreter" if device.triton_is_interpreting() else ""
+    return f"{problem}: runs on the Triton kernels{interpreter}, {_form(x.shape[1], qk_channels)}."
+
+
+def _form(channels: int, qk_channels: int) -> str:
+    """Which of the kernels' forms runs; Triton is imported only here, where it is known to run."""
+    from . import kernels
+
+    return "with thin projected keys" if kernels.projects_keys(channels, qk_channels) else "keys and values are the map itself"
 
 
 @functools.cache

@@ -31,27 +31,36 @@ class Weights(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over all tokens i of all maps, in fp32 or wider: with `du` the gradient of the folded query and `g` that of the output."""
+    """Sums over all tokens i of all maps, in fp32 or wider, g being the gradient of the output.
 
-    query: Tensor  # Σ du_i x_iᵀ (C, C)
-    query_total: Tensor  # Σ du_i (C)
+    Where the keys' weight was folded into the query, dq is the gradient of the folded query and E = C. Where keys were
+    projected it is that of `scale · (W_q x + b_q)`, E = D, and dk is the gradient of the keys.
+    """
+
+    query: Tensor  # Σ dq_i x_iᵀ (E, C)
+    query_total: Tensor  # Σ dq_i (E)
     value: Tensor  # Σ g_i y_iᵀ (C, C)
     value_total: Tensor  # Σ g_i (C)
+    key: Tensor | None = None  # Σ dk_i x_iᵀ (D, C), None where there are no keys but the map
 
 
 def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradients:
     """The gradients of all weights, each in its weight's dtype and shape.
 
-    From `u_i = scale · W_kᵀ(W_q x_i + b_q)` and `out_i = x_i + γ(W_v y_i + b_v)`.
+    From `u_i = scale · W_kᵀ(W_q x_i + b_q)`, or `q_i = scale · (W_q x_i + b_q)` and `k_j = W_k x_j`, and
+    `out_i = x_i + γ(W_v y_i + b_v)`.
     """
     w_q, b_q, w_k, w_v, b_v, gamma = weights.map(lambda w: w.to(moments.query.dtype))
-    d_w_q = scale * (w_k @ moments.query)
-    d_w_k = scale * (w_q @ moments.query.mT)
     d_w_v = moments.value
-    d_b_q = d_b_v = d_gamma = None
-    if b_q is not None:
-        d_w_k += scale * torch.outer(b_q, moments.query_total)
+    d_b_v = d_gamma = None
+    if moments.key is None:
+        d_w_q = scale * (w_k @ moments.query)
+        d_w_k = scale * (w_q @ moments.query.mT)
         d_b_q = scale * (w_k @ moments.query_total)
+        if b_q is not None:
+            d_w_k += scale * torch.outer(b_q, moments.query_total)
+    else:
+        d_w_q, d_w_k, d_b_q = scale * moments.query, moments.key, scale * moments.query_total
     if b_v is not None:
         d_b_v = moments.value_total
     if gamma is not None:

@@ -106,7 +106,7 @@ class ChannelAttention(_ThreeConvolutions):
 
 
 def explain(layer: AttentionLayer, x: Tensor) -> str:
-    """Which backend `layer(x)` would run on, and why not the other, in one sentence.
+    """Which backend `layer(x)` would run on, in which form, and why not on the other, in one sentence.
 
     Raises:
         TypeError: layer is not one of this package's layers.

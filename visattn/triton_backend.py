@@ -1,4 +1,10 @@
-"""The Triton path: allocates what the kernels fill and starts them with the launch configuration of the tensor's device."""
+"""The Triton path: allocates what the kernels fill and starts them with the launch configuration of the tensor's device.
+
+Queries and keys as wide as the map never exist: the keys' weight is folded into the query. Much narrower ones are
+projected, in the forward pass and again in the backward pass; `kernels.projects_keys` decides.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,16 +16,24 @@ from .layout import empty_map_like
 
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the folded logits."""
-    config = kernels.forward_config(x.shape[1], x.dtype, kernel_target(x.device))
+    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
+    channels, target = x.shape[1], kernel_target(x.device)
+    projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights) else None
+    config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target)
     out = empty_map_like(x)
-    y = empty_map_like(x).flatten(2) if save or config.steps_over_channels(x.shape[1]) else None
+    y = empty_map_like(x).flatten(2) if save or config.steps_over_channels(channels) else None
     lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save else None
     if x.numel():
+        tokens, weights = x.flatten(2), weights.map(Tensor.contiguous)
         with on_device_of(x):
-            kernels.attention_forward(
-                x.flatten(2), *weights.map(Tensor.contiguous), out.flatten(2), y, lse, scale=scale, residual=residual, config=config
-            )
+            if projected:
+                q, k = _queries_and_keys(tokens, weights, scale, projected)
+                kernels.projected_attention_forward(
+                    q, k, tokens, tokens, weights.w_v, weights.b_v, weights.gamma, out.flatten(2), y, lse,
+                    residual=residual, config=config,
+                )  # fmt: skip
+            else:
+                kernels.attention_forward(tokens, *weights, out.flatten(2), y, lse, scale=scale, residual=residual, config=config)
     return out, y if save else None, lse
 
 
@@ -36,22 +50,49 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     assert lse is not None
-    channels = x.shape[1]
+    channels, target = x.shape[1], kernel_target(x.device)
     d_x = empty_map_like(x) if need_x else None
     if not x.numel():
         zeros = x.new_zeros((channels, channels), dtype=torch.float32)
         return d_x, Moments(zeros, zeros[0], zeros, zeros[0]) if need_weights else None
 
-    configs = kernels.backward_configs(channels, x.dtype, kernel_target(x.device))
-    tokens, g = x.flatten(2), d_out.flatten(2)
-    w_q, b_q, w_k, w_v, _, gamma = weights.map(Tensor.contiguous)
+    configs = kernels.backward_configs(channels, x.dtype, target)
+    tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
+    weights = weights.map(Tensor.contiguous)
+    w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
-        d_u = kernels.attention_backward(
-            tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, None if d_x is None else d_x.flatten(2),
-            scale=scale, residual=residual, configs=configs,
-        )  # fmt: skip
+        d_k = None
+        if _projects_keys(weights):
+            projected = kernels.projected_configs(channels, x.dtype, target)
+            q, k = _queries_and_keys(tokens, weights, scale, projected)
+            d_q, d_k = kernels.projected_attention_backward(
+                q, k, tokens, g, w_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=projected
+            )
+        else:
+            d_q = kernels.attention_backward(
+                tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=configs
+            )
         if not need_weights:
             return d_x, None
-        query, query_total = kernels.token_moments(d_u, tokens, config=configs.token_moments)
+        query, query_total = kernels.token_moments(d_q, tokens, config=configs.token_moments)
         value, value_total = kernels.token_moments(g, y, config=configs.token_moments)
-    return d_x, Moments(query, query_total, value, value_total)
+        key = None if d_k is None else _key_moment(d_k, tokens, configs)
+    return d_x, Moments(query, query_total, value, value_total, key)
+
+
+def _projects_keys(weights: Weights) -> bool:
+    qk_channels, channels = weights.w_q.shape
+    return kernels.projects_keys(channels, qk_channels)
+
+
+def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: kernels.ProjectedConfigs) -> tuple[Tensor, Tensor]:
+    """`scale · log2(e) · (W_q x + b_q)` and `W_k x`, each (N, D, L)."""
+    queries = kernels.Projection(weights.w_q, weights.b_q, scale * math.log2(math.e))
+    q, k, _ = kernels.qkv_projection(tokens, queries, kernels.Projection(weights.w_k), config=configs.qkv_projection)
+    return q, k
+
+
+def _key_moment(d_k: Tensor, tokens: Tensor, configs: kernels.BackwardConfigs) -> Tensor:
+    """`Σ dk_i x_iᵀ` (D, C). `Σ dk_i` is zero but for rounding, which is kept from multiplying the mean of the map."""
+    key, key_total = kernels.token_moments(d_k, tokens, config=configs.token_moments)
+    return key.addr_(key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)

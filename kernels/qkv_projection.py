@@ -1,0 +1,81 @@
+"""Queries, keys and values as 1×1 convolutions of a map, any of the three in one pass over it."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import LaunchConfig, block_channels
+from .primitives import load_tile, locate, project_tile, tile_offsets
+
+
+class Projection(NamedTuple):
+    """`factor · (W x + b)`: weight (D, C), contiguous, bias (D) or None, factor a number or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    factor: float | None = None
+
+
+@triton.jit
+def qkv_projection_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    w_q_ptr, b_q_ptr, factor_q, q_ptr, stride_qn, stride_qc, stride_ql,
+    w_k_ptr, b_k_ptr, factor_k, k_ptr, stride_kn, stride_kc, stride_kl,
+    w_v_ptr, b_v_ptr, factor_v, v_ptr, stride_vn, stride_vc, stride_vl,
+    num_tokens,
+    C: tl.constexpr, D_Q: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program projects BLOCK_L tokens of one map, of which it reads its tile once.
+
+    x_ptr (N, C, L); for each of q, k and v: weight (D, C), bias (D) or None, factor or None, and what is written (N, D, L),
+    or None where it is not wanted, and then D is 0.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    x = load_tile(x_ptr + n * stride_xn, tile_offsets(offs_c, offs_l, stride_xc, stride_xl), offs_c, offs_l, C, num_tokens, True)
+    if q_ptr is not None:
+        project_tile(
+            x, w_q_ptr, b_q_ptr, factor_q, q_ptr + n * stride_qn, stride_qc, stride_ql, offs_c, offs_l, num_tokens,
+            C, D_Q, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+    if k_ptr is not None:
+        project_tile(
+            x, w_k_ptr, b_k_ptr, factor_k, k_ptr + n * stride_kn, stride_kc, stride_kl, offs_c, offs_l, num_tokens,
+            C, D_K, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+    if v_ptr is not None:
+        project_tile(
+            x, w_v_ptr, b_v_ptr, factor_v, v_ptr + n * stride_vn, stride_vc, stride_vl, offs_c, offs_l, num_tokens,
+            C, D_V, BLOCK_R, INPUT_PRECISION,
+        )  # fmt: skip
+
+
+def qkv_projection(
+    x: torch.Tensor,
+    q: Projection | None = None,
+    k: Projection | None = None,
+    v: Projection | None = None,
+    *,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The three projections of x (N, C, L), each (N, D, L), contiguous, in x's dtype, with a D of its own, or None where not asked for."""
+    num_maps, num_channels, num_tokens = x.shape
+    rows = [0 if p is None else p.weight.shape[0] for p in (q, k, v)]
+    out_q, out_k, out_v = (x.new_empty((num_maps, d, num_tokens)) if d else None for d in rows)
+    arguments: list[torch.Tensor | float | None] = []
+    for projection, out in ((q, out_q), (k, out_k), (v, out_v)):
+        arguments += [*(projection or (None, None, None)), out, *((0, 0, 0) if out is None else out.stride())]
+    qkv_projection_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+        x, *x.stride(),
+        *arguments,
+        num_tokens,
+        C=num_channels, D_Q=rows[0], D_K=rows[1], D_V=rows[2],
+        BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+    return out_q, out_k, out_v

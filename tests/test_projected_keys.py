@@ -1,0 +1,87 @@
+"""The kernels' form for narrow queries and keys: that it runs where it should, and the projection by itself.
+
+What it computes is judged beside the other form in test_correctness.py, test_layouts.py and test_autograd.py.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import visattn
+from visattn import dispatch, use_backend
+from visattn.device import kernel_target
+
+from .conftest import HAS_GPU, INTERPRETING
+from .oracle import make_problem, run_layer
+
+kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
+
+PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+
+
+class TestSelection:
+    @pytest.mark.parametrize(
+        ("channels", "qk_channels", "projected"),
+        [
+            (64, 8, True), (64, 32, True), (64, 33, False), (64, 64, False), (64, 100, False),
+            (32, 4, True), (32, 16, True), (32, 17, False), (256, 128, True), (256, 129, False),
+            (48, 20, True), (20, 5, True), (17, 1, True), (16, 2, False), (16, 1, False), (1, 1, False),
+        ],
+    )  # fmt: skip
+    def test_padded_widths_decide(self, channels, qk_channels, projected):
+        assert kernels.projects_keys(channels, qk_channels) == projected
+
+    @pytest.mark.kernels
+    @pytest.mark.parametrize(("channels", "qk_channels", "projected"), [(24, 3, True), (24, 24, False), (16, 2, False)])
+    def test_that_form_runs(self, channels, qk_channels, projected):
+        launchers = {
+            True: ("projected_attention_forward", "projected_attention_backward"),
+            False: ("attention_forward", "attention_backward"),
+        }
+        with mock.patch.multiple(kernels, **{name: mock.DEFAULT for name in launchers[not projected]}) as refused:
+            run_layer(make_problem((1, channels, 3, 4), qk_channels=qk_channels), "triton", PLACE)
+        assert not any(launcher.called for launcher in refused.values())
+
+    @pytest.mark.kernels
+    def test_explain_says_which(self):
+        x = torch.randn(1, 64, 3, 3, device=PLACE)
+        with use_backend("auto"):
+            assert dispatch.explain_selection(x, 8).endswith(", with thin projected keys.")
+            assert visattn.explain(visattn.Attention(64), x).endswith(", keys and values are the map itself.")
+
+
+@pytest.mark.kernels
+class TestProjection:
+    """qkv_projection against the same sums in float64."""
+
+    @pytest.mark.parametrize("wanted", ["k", "qk", "qkv", "v"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize(("channels", "widths"), [(20, (5, 5, 20)), (64, (1, 33, 64)), (3, (2, 4, 7))], ids=str)
+    def test_any_of_the_three(self, channels, widths, dtype, wanted):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, 13, channels, generator=generator).to(PLACE, dtype).permute(0, 3, 1, 2).flatten(2)
+        factors = dict(zip("qkv", (0.3, None, None), strict=True))
+        projections = {}
+        for name, width in zip("qkv", widths, strict=True):
+            if name in wanted:
+                weight, bias = (torch.randn(*size, generator=generator).to(PLACE, dtype) for size in ((width, channels), (width,)))
+                projections[name] = kernels.Projection(weight, None if name == "k" else bias, factors[name])
+        config = kernels.projected_configs(max(channels, 17), dtype, kernel_target(PLACE)).qkv_projection
+        results = dict(zip("qkv", kernels.qkv_projection(x, **projections, config=config), strict=True))
+        assert {name for name, result in results.items() if result is not None} == set(wanted)
+        for name, (weight, bias, factor) in projections.items():
+            truth = torch.einsum("dc,ncl->ndl", weight.double(), x.double())
+            truth = (truth if bias is None else truth + bias.double()[:, None]) * (factor or 1.0)
+            assert results[name].dtype == dtype
+            assert results[name].is_contiguous()
+            error = (results[name].double() - truth).abs().max() / truth.abs().max()
+            assert error < 4 * torch.finfo(dtype).eps, name
+
+    @pytest.mark.skipif(INTERPRETING, reason="70,000 programs would take the interpreter minutes")
+    def test_batch_beyond_the_limit_of_other_grid_dimensions(self):
+        x = torch.randn(70_000, 20, 2, device=PLACE)
+        weight = torch.randn(5, 20, device=PLACE)
+        config = kernels.projected_configs(20, torch.float32, kernel_target(PLACE)).qkv_projection
+        _, k, _ = kernels.qkv_projection(x, k=kernels.Projection(weight), config=config)
+        torch.testing.assert_close(k, weight @ x, rtol=1e-4, atol=1e-4)
