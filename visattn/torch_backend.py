@@ -54,13 +54,14 @@ def backward(
 
     d_tokens = torch.zeros_like(tokens)
     d_u = torch.empty_like(tokens)
+    centered = tokens - tokens.mean(2, keepdim=True)  # rows of dS sum to zero; what rounding leaves of that must not meet the mean
     for maps, rows, p, d_s in chunks(tokens, buffers=2):
         keys, u_chunk, d_y_chunk = tokens[maps], u[maps, :, rows], d_y[maps, :, rows]
         torch.softmax(torch.bmm(u_chunk.mT, keys, out=d_s), -1, out=p)
         d_p = torch.bmm(d_y_chunk.mT, keys, out=d_s)
         # Autograd's own softmax derivative: its Δ is summed from the p and d_p at hand, so that a saturated row cancels to zero.
         torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_s)
-        d_u[maps, :, rows] = torch.bmm(keys, d_s.mT)
+        d_u[maps, :, rows] = torch.bmm(centered[maps], d_s.mT)
         if need_x:
             d_tokens[maps].baddbmm_(d_y_chunk, p).baddbmm_(u_chunk, d_s)
 
