@@ -123,6 +123,11 @@ def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -
 @pytest.mark.parametrize("optional", [True, False], ids=["all parameters", "weights only"])
 @pytest.mark.parametrize("normalize", ["keys", "queries"])
 class TestOpcheck:
+    @pytest.fixture(autouse=True)
+    def _only_what_there_is(self, normalize, backend):
+        if (normalize, backend) == ("queries", "triton"):
+            pytest.skip("softmax over the queries has no kernel")
+
     def test_forward(self, memory_format, optional, normalize, backend, place):
         arguments = op_arguments(place, memory_format, optional=optional, requires_grad=True)
         torch.library.opcheck(ops.self_attention_2d, (*arguments, 0.3, True, normalize, backend, True))
