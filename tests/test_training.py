@@ -179,7 +179,7 @@ def test_a_run_leaves_all_that_a_reader_wants(finished, capsys):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
         assert picture in (finished / "report.md").read_text()
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 10, 15, 18] * 2
+    assert [line["step"] for line in lines] == [4, 8, 12, 16, 18] * 2
     assert sum(len(line["losses"]) for line in lines) == 36
     assert max(line["validation_accuracy"] for line in lines) == result["validation_accuracy_best"]
 

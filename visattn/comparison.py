@@ -36,7 +36,10 @@ def compare(runs: Iterable[experiment.Settings], load: experiment.Loader, out: P
         results.append(experiment.train(settings, load, out / experiment.run_name(settings), resume=True, console=console))
         rows = ranking(results)
         table = markdown(rows)
-        files.write(out / "ranking.md", f"# Test accuracy on {settings.data.partition(':')[0]}, {settings.epochs} epochs\n\n{table}")
+        files.write(
+            out / "ranking.md",
+            f"# Test accuracy on {settings.data.partition(':')[0]}, {experiment.epochs_in_words(settings.epochs)}\n\n{table}",
+        )
         report.ranking(out / "ranking.png", [(row.name, row.ours, row.published) for row in rows], "test accuracy (%)")
     return table
 

@@ -29,6 +29,9 @@ from .recipes import RECIPES, Recipe
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 """About as much work as a killed process loses; a checkpoint is written at the first check after it."""
 
+CHECKS_AN_EPOCH = 4
+"""At least as many, so that a run on few images has curves too."""
+
 
 @dataclass(frozen=True)
 class Settings(Recipe):
@@ -107,6 +110,7 @@ class Run:
         self.trainer = training.Trainer(model, train, settings.options, self.device)
         if not self.trainer.steps_an_epoch:
             raise ValueError(f"there are {len(train.labels)} images to train on, not one batch of {settings.batch_size}")
+        self.check_every = min(settings.check_every, max(1, self.trainer.steps_an_epoch // CHECKS_AN_EPOCH))
         self.tally = Tally()
         self.unfiled: list[float] = []  # losses of the steps since the last line of metrics
         self.last_saved = time.monotonic()
@@ -144,7 +148,7 @@ class Run:
                         )
                     self.unfiled.append(loss)
                     self.tally.losses += loss
-                    if trainer.step % settings.check_every == 0:
+                    if trainer.step % self.check_every == 0:
                         self._check(epoch)
                     bar.update(
                         task, advance=1, description=f"{settings.model} epoch {epoch + 1}/{settings.epochs}", state=self._state(loss)
@@ -261,8 +265,14 @@ class Run:
 
 
 def title(settings: Settings) -> str:
+    """A run in words."""
     attention = f" ({settings.attention})" if settings.attention else ""
-    return f"{settings.model}{attention} on {settings.data.partition(':')[0]}, {settings.epochs} epochs, seed {settings.seed}"
+    data_set = settings.data.partition(":")[0]
+    return f"{settings.model}{attention} on {data_set}, {epochs_in_words(settings.epochs)}, seed {settings.seed}"
+
+
+def epochs_in_words(epochs: int) -> str:
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
 
 
 def commit() -> str | None:

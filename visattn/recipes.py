@@ -15,7 +15,8 @@ class Recipe:
     """Adam on cross-entropy, images in random order.
 
     validation: share of the training images that is held back. check_every: iterations between two looks at validation
-    accuracy and mean loss. keep: what the best checkpoint is the best of, "accuracy" on validation or mean training "loss".
+    accuracy and mean loss, of which a small data set has more. keep: what the best checkpoint is the best of, "accuracy" on
+    validation or mean training "loss".
     tested: whether the "last" weights or the "best" are judged on the test images. head: width of the classifier where it is not
     the number of classes. drop_last: whether an epoch's last, smaller batch is left out.
     """
