@@ -231,10 +231,8 @@ class Run:
         settings, model = self.settings, self.trainer.model
         last = self._confusion(self.dataset.test)
         weights, _ = checkpoint.load(self.out / "best.safetensors")
-        kept = {name: t.clone() for name, t in model.state_dict().items()}
         model.load_state_dict(training.part_of(weights, "model."))
         best = self._confusion(self.dataset.test)
-        model.load_state_dict(kept)
         tested = best if settings.tested == "best" else last
         metrics = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         result = {
