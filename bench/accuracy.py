@@ -18,6 +18,7 @@ BEGIN, END = "<!-- accuracy: written by python -m bench.accuracy table -->", "<!
 
 def file_runs(folders: list[Path]) -> None:
     """Copies the result.json of each finished run to `RESULTS`, under a name that tells the run."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for folder in folders:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         parts = (result["model"], result["attention"], f"{result['epochs']}epochs", result["precision"], f"seed{result['seed']}")
