@@ -11,9 +11,10 @@ from typing import Any
 from visattn import comparison, files, models
 from visattn.recipes import RECIPES
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "accuracy"
-BEGIN, END = "<!-- accuracy: written by python -m bench.accuracy table -->", "<!-- end of accuracy -->"
+from .readme import Section
+
+RESULTS = Path(__file__).resolve().parent / "results" / "accuracy"
+SECTION = Section("accuracy", "python -m bench.accuracy table")
 
 
 def file_runs(folders: list[Path]) -> None:
@@ -33,7 +34,7 @@ def section(results: list[dict[str, Any]]) -> str:
     """The README's section: runs by the whole recipe ranked, shortened ones listed, and what was not run."""
     whole = [r for r in results if r["epochs"] == RECIPES[r["model"]].epochs]
     short = sorted((r for r in results if r not in whole), key=lambda r: models.names().index(r["model"]))
-    text = [BEGIN]
+    text: list[str] = []
     if whole:
         text += ["Trained by the whole recipe, last weights, test images never looked at before the end:\n"]
         text += [comparison.markdown(comparison.ranking(whole))]
@@ -52,20 +53,7 @@ def section(results: list[dict[str, Any]]) -> str:
     ]
     if sources:
         text += ["Measured: " + "; ".join(f"{d}, {p}, {precision}, torch {t}, commit `{c}`" for d, p, precision, t, c in sources) + ".\n"]
-    return "\n".join([*text, END])
-
-
-def with_section(readme: str, new: str) -> str:
-    """The README with its section replaced.
-
-    Raises:
-        ValueError: it has no such section.
-    """
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise ValueError(f"README.md has no section between {BEGIN} and {END}")
-    return before + new + after
+    return "\n".join(text)
 
 
 def main() -> int:
@@ -75,8 +63,7 @@ def main() -> int:
     file.add_argument("runs", nargs="+", type=Path, help="folders of `visattn train` or in one of `visattn compare`")
     file.set_defaults(command=lambda options: file_runs(options.runs))
     table = commands.add_parser("table", help="write the README's section")
-    readme = ROOT / "README.md"
-    table.set_defaults(command=lambda _: files.write(readme, with_section(readme.read_text(encoding="utf-8"), section(filed()))))
+    table.set_defaults(command=lambda _: SECTION.write(section(filed())))
     options = parser.parse_args()
     options.command(options)
     return 0

@@ -4,14 +4,20 @@ import re
 
 import pytest
 
-from bench import accuracy
+from bench import accuracy, speed
+from bench.readme import README
 from visattn import comparison
 from visattn.recipes import PUBLISHED, RECIPES
 
 
 def test_the_readme_holds_the_table_of_the_filed_runs():
-    readme = (accuracy.ROOT / "README.md").read_text(encoding="utf-8")
-    assert accuracy.with_section(readme, accuracy.section(accuracy.filed())) == readme, "run: python -m bench.accuracy table"
+    text = README.read_text(encoding="utf-8")
+    assert accuracy.SECTION.replaced(text, accuracy.section(accuracy.filed())) == text, "run: python -m bench.accuracy table"
+
+
+def test_the_readme_holds_the_table_of_the_filed_rows():
+    text = README.read_text(encoding="utf-8")
+    assert speed.SECTION.replaced(text, speed.section(speed.filed())) == text, "run: python -m bench report"
 
 
 def test_filed_runs_name_no_place_and_come_from_a_commit():

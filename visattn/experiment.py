@@ -6,12 +6,9 @@ on from) and best.safetensors, and at the end result.json, report.md, curves.png
 
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from . import checkpoint, data, files, models, report, training
+from . import checkpoint, data, files, models, provenance, report, training
 from .device import describe, float32_precision
 from .dispatch import use_backend
 from .modules import AttentionLayer, explain
@@ -250,8 +247,8 @@ class Run:
             "share_of_time_for_data": self.trainer.seconds_for_data / self.tally.seconds,
             "processor": describe(self.device),
             "paths": self._paths(),
-            "commit": commit(),
-            "versions": {name: metadata.version(name) for name in ("visattn", "torch")} | {"python": platform.python_version()},
+            "commit": provenance.commit(),
+            "versions": provenance.versions("visattn", "torch"),
         }
         names = self.dataset.classes
         report.training_curves(self.out / "curves.png", metrics, self.trainer.steps_an_epoch, title(settings))
@@ -271,17 +268,6 @@ def title(settings: Settings) -> str:
 
 def epochs_in_words(epochs: int) -> str:
     return f"{epochs} epoch{'s' * (epochs > 1)}"
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package is imported from, with + if it was changed since; None outside of one."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+" * bool(changed)
 
 
 def run_name(settings: Settings) -> str:

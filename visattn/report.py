@@ -31,7 +31,7 @@ def loss_curves(path: Path, curves: dict[str, list[float]], title: str) -> None:
     axes.set(xlabel="step", ylabel="training loss (cross-entropy)", title=title, yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_curves(path: Path, metrics: list[dict[str, Any]], steps_an_epoch: int, title: str) -> None:
@@ -59,7 +59,7 @@ def training_curves(path: Path, metrics: list[dict[str, Any]], steps_an_epoch: i
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     figure.suptitle(title)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion(path: Path, matrix: Tensor, classes: Sequence[str], title: str) -> None:
@@ -85,7 +85,7 @@ def confusion(path: Path, matrix: Tensor, classes: Sequence[str], title: str) ->
     axes.set_yticklabels(classes)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_report(result: dict[str, Any], title: str) -> str:
@@ -149,7 +149,7 @@ def attention_maps(path: Path, image: Tensor, weights: Tensor, pixels: Sequence[
         axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     figure.colorbar(others[-1].images[-1], ax=others, label="weight × number of pixels\n(1 = uniform)")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def ranking(path: Path, rows: Sequence[tuple[str, Sequence[float], Sequence[float]]], label: str) -> None:
@@ -166,7 +166,7 @@ def ranking(path: Path, rows: Sequence[tuple[str, Sequence[float], Sequence[floa
     axes.grid(axis="x", alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(*zip(*dict(zip(labels, zip(handles, labels, strict=True), strict=True)).values(), strict=True), fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _picture(image: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _picture(image: Tensor) -> Tensor:
     return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     files.write(path, buffer.getvalue())

@@ -1,0 +1,122 @@
+"""What is measured: layers on maps, and whole models. A case says nothing about who runs it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODES = ("forward", "training")
+"""A forward pass without gradients; a forward and a backward pass with the gradients of the input and of every weight."""
+
+LAYER_SUITES = ("cifar", "large")
+SUITES = (*LAYER_SUITES, "models", "host")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer on maps (batch, channels, height, width).
+
+    form: "attention", queries and keys as wide as the map and logits over √C, or "sagan", an eighth as wide, not scaled, with γ.
+    tf32: PyTorch's switch for fp32 matrix products.
+    """
+
+    suite: str
+    form: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: str
+    tf32: bool
+    mode: str
+
+    @property
+    def qk_channels(self) -> int:
+        return self.channels // 8 if self.form == "sagan" else self.channels
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channels, self.height, self.width
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.form == "sagan" else self.channels**-0.5
+
+    @property
+    def precision(self) -> str:
+        """The dtype, and with fp32 the switch."""
+        return self.dtype if self.dtype != "float32" else "tf32" if self.tf32 else "float32"
+
+    def __str__(self) -> str:
+        return f"{self.form} {'×'.join(map(str, self.shape))} {self.precision} {self.mode}"
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A CIFAR model with one kind of attention on `batch` images; "training" is a whole step with Adam."""
+
+    model: str
+    batch: int
+    dtype: str
+    tf32: bool
+    mode: str
+    suite: str = "models"
+
+    @property
+    def precision(self) -> str:
+        return self.dtype if self.dtype != "float32" else "tf32" if self.tf32 else "float32"
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.batch} images, {self.precision}, {self.mode}"
+
+
+# (form, batch, channels, side) of every attention layer in the CIFAR models.
+_CIFAR = [
+    ("attention", 64, 32, 32), ("attention", 64, 64, 32), ("attention", 64, 128, 32), ("attention", 64, 256, 32),
+    ("attention", 64, 128, 8),
+    ("sagan", 64, 32, 32), ("sagan", 64, 64, 32), ("sagan", 64, 128, 32), ("sagan", 64, 256, 32),
+]  # fmt: skip
+# Large maps, and the single wide head of a diffusion VAE.
+_LARGE = [("attention", 16, 64, 64), ("attention", 4, 64, 128), ("attention", 1, 64, 256), ("attention", 4, 512, 64)]
+# What each of the lists is without a GPU, where a case takes a thousand times as long.
+_LARGE_CPU = [("attention", 1, 64, 64), ("attention", 1, 64, 128), ("attention", 1, 512, 64)]
+
+_MODELS = ("cnn_vanilla", "cnn_early_attention", "cnn_late_attention", "cnn_double_attention", "resnet10_attention", "sagan_cnn", "vit")
+
+
+def layer_cases(suite: str, device_type: str, quick: bool) -> Iterator[Case]:
+    """The cases of "cifar" or "large": on a GPU in five precisions' worth of arithmetic, on a CPU in fp32 and bf16.
+
+    quick: on a GPU the same shapes in fewer precisions; on a CPU few shapes and small batches, so that it takes a minute.
+    """
+    on_cpu = device_type == "cpu"
+    shapes = _CIFAR if suite == "cifar" else _LARGE_CPU if on_cpu else _LARGE
+    if quick and on_cpu:
+        chosen = [("attention", 32), ("attention", 64), ("attention", 128), ("sagan", 64)] if suite == "cifar" else [("attention", 64)]
+        shapes = [shape for shape in shapes if (shape[0], shape[2]) in chosen and shape[3] <= 64]
+    precisions = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
+    if on_cpu:
+        precisions = [("float32", False), ("bfloat16", False)]
+    if quick:
+        precisions = precisions[:1] if on_cpu else [precisions[0], precisions[2]]
+    for form, batch, channels, side in shapes:
+        for dtype, tf32 in precisions:
+            for mode in MODES:
+                case = Case(suite, form, batch, channels, side, side, dtype, tf32, mode)
+                yield replace(case, batch=min(batch, 8)) if quick and on_cpu and side > 8 else case
+
+
+def model_cases(device_type: str, quick: bool) -> Iterator[ModelCase]:
+    """Forward pass and training step of the CIFAR models."""
+    on_cpu = device_type == "cpu"
+    names = ("cnn_early_attention",) if quick else _MODELS
+    precisions = [("float32", False)] if on_cpu or quick else [("float32", False), ("float32", True), ("bfloat16", False)]
+    for name in names:
+        for dtype, tf32 in precisions:
+            for mode in MODES:
+                yield ModelCase(name, 8 if on_cpu and quick else 16 if on_cpu and name == "sagan_cnn" else 64, dtype, tf32, mode)

@@ -1,0 +1,107 @@
+"""Measures the CIFAR models: a forward pass and a whole training step, with each kind of attention."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from visattn import models
+from visattn.device import float32_precision
+
+from . import problems, timing
+from .cases import ModelCase
+from .layers import How, failure_as_row, timed_rows
+from .providers import noted_backends
+from .rows import CANNOT_RUN, WRONG, Row
+
+SAME_FUNCTION = ("naive", "fused", "sdpa")
+"""Kinds of attention that compute the same: what is right for them is the naive one in float64."""
+
+CLASSES = 10
+IMAGES_CHECKED = 4
+
+
+def measure_model(case: ModelCase, how: How) -> Iterator[Row]:
+    """The rows of each kind of attention that the model can have, naive first."""
+    with float32_precision(case.tf32):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(case.batch, *models.input_shape(case.model), generator=generator).to(how.device)
+        labels = torch.randint(CLASSES, (case.batch,), generator=generator).to(how.device)
+        kinds: list[str | None] = [*sorted(models.attentions(case.model), key=lambda kind: kind != "naive")] or [None]
+        naive_errors: dict[str, float] = {}
+        naive_call = None
+        for kind in kinds:
+            row = Row(
+                case.suite, str(case), provider(kind), how.executions[0], case.model, [case.batch, *images.shape[1:]], case.dtype,
+                case.tf32, case.mode, CANNOT_RUN, quick=how.quick, environment=how.environment,
+            )  # fmt: skip
+            with failure_as_row(row, how) as failed:
+                model = _model(case, kind).to(how.device)
+                with noted_backends() as noted:
+                    errors = {"scores": _error(model, case, kind, images[:IMAGES_CHECKED])}
+                if kind == "naive":
+                    naive_errors, naive_call = errors, _call(copy.deepcopy(model), case, images, labels)
+                row = replace(row, backend=", ".join(sorted(set(noted))) or "PyTorch", errors=errors)
+                wrong = problems.complaints(errors, naive_errors if kind in SAME_FUNCTION else {}, case.precision)
+                if wrong and kind != "naive":
+                    yield replace(row, state=WRONG, reason="; ".join(wrong))
+                else:
+                    yield from timed_rows(row, [_call(model, case, images, labels)], naive_call, how)
+            yield from failed
+
+
+def provider(kind: str | None) -> str:
+    """What a kind of attention is called in a row."""
+    return {"fused": "visattn", None: "no attention"}.get(kind) or str(kind)
+
+
+def _model(case: ModelCase, kind: str | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = models.create_model(case.model, CLASSES, attention=kind)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gamma" in name:
+                parameter.fill_(0.7)  # at 0, where it starts, the attention would not be measured
+    return model
+
+
+def _error(model: nn.Module, case: ModelCase, kind: str | None, images: Tensor) -> float:
+    """Relative RMS of the scores, against the same weights in float64."""
+    truth = _model(case, "naive" if kind in SAME_FUNCTION else kind).double().to(images.device).eval()
+    truth.load_state_dict(model.state_dict())
+    was_training = model.training
+    with torch.no_grad():
+        expected = truth(images.double())
+        with _autocast(case, images):
+            found = model.eval()(images)
+    model.train(was_training)
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def _call(model: nn.Module, case: ModelCase, images: Tensor, labels: Tensor) -> timing.Call:
+    if case.mode == "forward":
+        model.eval()
+
+        def forward() -> Tensor:
+            with torch.no_grad(), _autocast(case, images):
+                return model(images)
+
+        return forward
+    # A capturable optimizer, so that the same step can be replayed as a graph.
+    optimizer = torch.optim.Adam(model.parameters(), capturable=images.is_cuda)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with _autocast(case, images):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _autocast(case: ModelCase, images: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if case.dtype == "float32" else torch.autocast(images.device.type, getattr(torch, case.dtype))
