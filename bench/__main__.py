@@ -6,7 +6,7 @@ import sys
 
 from visattn.device import chosen_device
 
-from . import report, run
+from . import profiling, report, run
 from .environment import environment
 
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "run": ("measure suites", run.configure, run.run),
     "report": ("tables and pictures of rows, and the README's section", report.configure, report.run),
     "import": ("file rows under the name of their device", report.configure_import, report.run_import),
+    "profile": ("which kernels a step launches, and how long each takes", profiling.configure, profiling.run),
     "env": ("what a row says of the machine", configure_env, run_env),
 }
 

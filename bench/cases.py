@@ -1,5 +1,6 @@
 """What is measured: layers on maps, and whole models. A case says nothing about who runs it."""
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,8 @@ MODES = ("forward", "training")
 
 LAYER_SUITES = ("cifar", "large")
 SUITES = (*LAYER_SUITES, "models", "host")
+SIZES = ("full", "quick", "toy")
+"""Only full results are filed. quick takes a minute or two, toy seconds."""
 
 
 @dataclass(frozen=True)
@@ -89,21 +92,31 @@ _LARGE_CPU = [("attention", 1, 64, 64), ("attention", 1, 64, 128), ("attention",
 _MODELS = ("cnn_vanilla", "cnn_early_attention", "cnn_late_attention", "cnn_double_attention", "resnet10_attention", "sagan_cnn", "vit")
 
 
-def layer_cases(suite: str, device_type: str, quick: bool) -> Iterator[Case]:
-    """The cases of "cifar" or "large": on a GPU in five precisions' worth of arithmetic, on a CPU in fp32 and bf16.
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """`size` of the options: one of `SIZES`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="few shapes and precisions, small batches on a CPU"
+    )
+    group.add_argument("--toy", dest="size", action="store_const", const="toy", help="maps of a few pixels, to see that everything runs")
+    parser.set_defaults(size="full")
 
-    quick: on a GPU the same shapes in fewer precisions; on a CPU few shapes and small batches, so that it takes a minute.
-    """
+
+def layer_cases(suite: str, device_type: str, size: str) -> Iterator[Case]:
+    """The cases of "cifar" or "large": on a GPU in fp32, tf32, bf16 and fp16, on a CPU in fp32 and bf16."""
+    quick = size != "full"
     on_cpu = device_type == "cpu"
     shapes = _CIFAR if suite == "cifar" else _LARGE_CPU if on_cpu else _LARGE
-    if quick and on_cpu:
+    if size == "toy":
+        shapes = [(form, 2, 16, 6) for form in dict.fromkeys(shape[0] for shape in shapes)]
+    elif quick and on_cpu:
         chosen = [("attention", 32), ("attention", 64), ("attention", 128), ("sagan", 64)] if suite == "cifar" else [("attention", 64)]
         shapes = [shape for shape in shapes if (shape[0], shape[2]) in chosen and shape[3] <= 64]
     precisions = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
     if on_cpu:
         precisions = [("float32", False), ("bfloat16", False)]
     if quick:
-        precisions = precisions[:1] if on_cpu else [precisions[0], precisions[2]]
+        precisions = [precisions[0]] if on_cpu else [precisions[0], precisions[2]]
     for form, batch, channels, side in shapes:
         for dtype, tf32 in precisions:
             for mode in MODES:
@@ -111,12 +124,13 @@ def layer_cases(suite: str, device_type: str, quick: bool) -> Iterator[Case]:
                 yield replace(case, batch=min(batch, 8)) if quick and on_cpu and side > 8 else case
 
 
-def model_cases(device_type: str, quick: bool) -> Iterator[ModelCase]:
+def model_cases(device_type: str, size: str) -> Iterator[ModelCase]:
     """Forward pass and training step of the CIFAR models."""
-    on_cpu = device_type == "cpu"
+    on_cpu, quick = device_type == "cpu", size != "full"
     names = ("cnn_early_attention",) if quick else _MODELS
     precisions = [("float32", False)] if on_cpu or quick else [("float32", False), ("float32", True), ("bfloat16", False)]
     for name in names:
         for dtype, tf32 in precisions:
             for mode in MODES:
-                yield ModelCase(name, 8 if on_cpu and quick else 16 if on_cpu and name == "sagan_cnn" else 64, dtype, tf32, mode)
+                batch = 2 if size == "toy" else 8 if on_cpu and quick else 16 if on_cpu and name == "sagan_cnn" else 64
+                yield ModelCase(name, batch, dtype, tf32, mode)

@@ -28,7 +28,7 @@ class How:
 
     device: torch.device
     seconds: float
-    quick: bool
+    size: str
     ceilings: Ceilings
     environment: dict[str, Any]
 
@@ -59,8 +59,8 @@ def measure_layer(case: Case, names: list[str], how: How) -> Iterator[Row]:
 def _naive(problem: Problem, truth: Truth) -> Naive:
     try:
         _check_memory("naive", problem)
-        built = PROVIDERS["naive"](problem, _no_choice)
-        return Naive(_calls(built, problem)[0], problems.errors(built.forward, built.parameters, problem, truth))
+        built = PROVIDERS["naive"](problem, no_choice)
+        return Naive(calls(built, problem)[0], problems.errors(built.forward, built.parameters, problem, truth))
     except (CannotRun, torch.OutOfMemoryError):
         return Naive(None, {})
 
@@ -69,7 +69,7 @@ def _provider_rows(name: str, problem: Problem, truth: Truth, naive: Naive, how:
     case = problem.case
     row = Row(
         case.suite, str(case), name, how.executions[0], case.form, list(case.shape), case.dtype, case.tf32, case.mode,
-        CANNOT_RUN, floor=how.ceilings.floor(case), quick=how.quick, environment=how.environment,
+        CANNOT_RUN, floor=how.ceilings.floor(case), size=how.size, environment=how.environment,
     )  # fmt: skip
     if name in COMPILED:
         torch._dynamo.reset()  # of the shapes before, of which Dynamo keeps only so many
@@ -84,7 +84,7 @@ def _provider_rows(name: str, problem: Problem, truth: Truth, naive: Naive, how:
             yield replace(row, state=WRONG, reason="; ".join(wrong))
             return
         with _in_force(built, case):
-            yield from timed_rows(row, _calls(built, problem), naive.call, how)
+            yield from timed_rows(row, calls(built, problem), naive.call, how)
     yield from failed
 
 
@@ -101,11 +101,11 @@ def failure_as_row(row: Row, how: How) -> Iterator[list[Row]]:
         failed.append(replace(row, reason=f"{type(error).__name__}: {first_line(error)}"))
 
 
-def timed_rows(row: Row, calls: list[timing.Call], naive: timing.Call | None, how: How) -> Iterator[Row]:
-    """The row with what was timed, once for each execution; `calls` are the same work on different inputs."""
-    peak = timing.peak_bytes(calls[0], how.device)
+def timed_rows(row: Row, same_work: list[timing.Call], naive: timing.Call | None, how: How) -> Iterator[Row]:
+    """The row with what was timed, once for each execution; `same_work` is the same work on different inputs."""
+    peak = timing.peak_bytes(same_work[0], how.device)
     for execution, take in EXECUTIONS[how.device.type].items():
-        taken = take(calls, naive, how.seconds)
+        taken = take(same_work, naive, how.seconds)
         now = environment.state(how.device)
         yield replace(
             row, state=TIMED, execution=execution, p20=taken.p20, p50=taken.p50, p80=taken.p80, ratio_p20=taken.ratio_p20,
@@ -114,7 +114,7 @@ def timed_rows(row: Row, calls: list[timing.Call], naive: timing.Call | None, ho
         )  # fmt: skip
 
 
-def _calls(built: Built, problem: Problem) -> list[timing.Call]:
+def calls(built: Built, problem: Problem) -> list[timing.Call]:
     """One call for each input. Gradients are those of the input and of every parameter."""
     if problem.case.mode == "forward":
         return [lambda x=x: built.forward(x) for x in problem.inputs]  # type: ignore[misc]
@@ -150,10 +150,10 @@ EXECUTIONS: dict[str, dict[str, Callable[[list[timing.Call], timing.Call | None,
 
 def _trial(built: Built, problem: Problem, how: How) -> float:
     with _in_force(built, problem.case):
-        return timing.estimate(_calls(built, problem)[0], how.device)
+        return timing.estimate(calls(built, problem)[0], how.device)
 
 
-def _no_choice(built: Built) -> float:
+def no_choice(built: Built) -> float:
     raise AssertionError("naive attention has nothing to choose from")
 
 

@@ -36,7 +36,7 @@ def measure_model(case: ModelCase, how: How) -> Iterator[Row]:
         for kind in kinds:
             row = Row(
                 case.suite, str(case), provider(kind), how.executions[0], case.model, [case.batch, *images.shape[1:]], case.dtype,
-                case.tf32, case.mode, CANNOT_RUN, quick=how.quick, environment=how.environment,
+                case.tf32, case.mode, CANNOT_RUN, size=how.size, environment=how.environment,
             )  # fmt: skip
             with failure_as_row(row, how) as failed:
                 model = _model(case, kind).to(how.device)

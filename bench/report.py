@@ -44,10 +44,10 @@ def run_import(options: argparse.Namespace) -> int:
         ValueError: some are quick ones, or come from code that is not in a commit; nothing is filed then.
     """
     rows = read(options.folder / "rows.jsonl")
-    quick = [row for row in rows if row.quick]
+    quick = [row for row in rows if row.size != "full"]
     unnamed = [row for row in rows if not row.environment.get("commit") or row.environment["commit"].endswith("+")]
     if quick:
-        raise ValueError(f"{len(quick)} of {len(rows)} rows were measured with --quick, which is for looking only; run without it")
+        raise ValueError(f"{len(quick)} of {len(rows)} rows were measured with --quick or --toy, which are for looking only; run without")
     if unnamed:
         raise ValueError(f"{len(unnamed)} of {len(rows)} rows come from no commit, or from one changed since; commit, then measure")
     for device in sorted({row.environment["device"] for row in rows}):
@@ -64,7 +64,7 @@ def write(rows: list[Row], folder: Path) -> None:
 
 def _report(rows: list[Row], folder: Path) -> Iterator[str]:
     yield f"# {rows[0].environment['device']}\n"
-    if any(row.quick for row in rows):
+    if any(row.size != "full" for row in rows):
         yield "A quick look: few shapes, small batches, short timings.\n"
     yield "Measured: " + "; ".join(_environments(rows)) + ".\n"
     yield from _targets(rows)

@@ -44,7 +44,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)
     floor: float | None = None
     share: float | None = None
-    quick: bool = False
+    size: str = "full"
     clock: float | None = None
     power: float | None = None
     environment: dict[str, Any] = field(default_factory=dict)

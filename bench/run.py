@@ -13,14 +13,14 @@ from .floors import measure_ceilings
 from .providers import PROVIDERS
 from .rows import Row
 
-SECONDS = {("cpu", True): 0.8, ("cpu", False): 3.0, ("cuda", True): 0.05, ("cuda", False): 0.15}
-"""Of each timing, by device and --quick."""
+SECONDS = {"cpu": {"full": 3.0, "quick": 0.8, "toy": 0.0}, "cuda": {"full": 0.12, "quick": 0.05, "toy": 0.0}}
+"""Of each timing."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", nargs="+", choices=(*cases.SUITES, "all"), default=["all"], help="what to measure (default: all)")
     parser.add_argument("--provider", nargs="+", choices=tuple(PROVIDERS), help="who is measured in layer suites (default: every one)")
-    parser.add_argument("--quick", action="store_true", help="few shapes, small batches on a CPU, short timings; not to be filed")
+    cases.add_size_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of rows.jsonl (default: runs/bench)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--seconds", type=float, help="of each timing (default: by device)")
@@ -31,8 +31,8 @@ def run(options: argparse.Namespace) -> int:
     device = chosen_device(options.device)
     suites = cases.SUITES if "all" in options.suite else options.suite
     kept, console = rows.Rows(options.out / "rows.jsonl"), Console(highlight=False, soft_wrap=True)
-    seconds = options.seconds or SECONDS[device.type, options.quick]
-    how = layers.How(device, seconds, options.quick, measure_ceilings(device, options.quick), environment.environment(device))
+    seconds = SECONDS[device.type][options.size] if options.seconds is None else options.seconds
+    how = layers.How(device, seconds, options.size, measure_ceilings(device, options.size != "full"), environment.environment(device))
     console.print(f"{how.environment['device']}, commit {how.environment['commit']}; rows go to {kept.path}")
     names = options.provider or list(PROVIDERS)
     ours_failed = False
@@ -47,12 +47,12 @@ def _measured(suites: Iterable[str], names: list[str], kept: rows.Rows, how: lay
     """Every row that is not there yet."""
     for suite in suites:
         if suite in cases.LAYER_SUITES:
-            for case in cases.layer_cases(suite, how.device.type, how.quick):
+            for case in cases.layer_cases(suite, how.device.type, how.size):
                 missing = [name for name in names if not kept.has(suite, str(case), name)]
                 if missing:
                     yield from layers.measure_layer(case, missing, how)
         elif suite == "models":
-            for model_case in cases.model_cases(how.device.type, how.quick):
+            for model_case in cases.model_cases(how.device.type, how.size):
                 if not kept.has(suite, str(model_case)):
                     yield from model_steps.measure_model(model_case, how)
 

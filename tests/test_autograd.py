@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import visattn
-from visattn import functional, reference, second_order, torch_backend, use_backend
+from visattn import functional, reference, second_order, torch_attention, use_backend
 
 from .oracle import make_problem, recorded_backends
 
@@ -82,7 +82,7 @@ def test_second_order_works_in_chunks_like_in_one_piece(monkeypatch):
 def test_first_order_works_in_chunks_like_in_one_piece(scores_at_once, monkeypatch):
     leaves = double_leaves((3, 4, 5, 7))
     whole = torch.autograd.grad(layer(*leaves).square().sum(), leaves)
-    monkeypatch.setattr(torch_backend, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(torch_attention, "SCORES_AT_ONCE", scores_at_once)
     for got, expected in zip(torch.autograd.grad(layer(*leaves).square().sum(), leaves), whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 

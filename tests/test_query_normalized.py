@@ -10,7 +10,7 @@ from torch import nn
 
 import visattn
 from visattn import functional as F
-from visattn import reference, second_order, torch_backend, use_backend
+from visattn import reference, second_order, torch_attention, use_backend
 
 from .conftest import HAS_GPU
 from .oracle import (
@@ -83,7 +83,7 @@ def test_common_mean(dtype, place):
 @pytest.mark.parametrize("scores_at_once", [1, 100, 35 * 35 * 2])
 def test_chunks_of_keys_are_added_up(scores_at_once, dtype, place, monkeypatch):
     """Every chunk contributes to every query; bfloat16 must not be rounded once a chunk."""
-    monkeypatch.setattr(torch_backend, "SCORES_AT_ONCE", scores_at_once)
+    monkeypatch.setattr(torch_attention, "SCORES_AT_ONCE", scores_at_once)
     assert_correct(problems((3, 8, 5, 7), dtype, regime="peaked"), "torch", place)
 
 
@@ -261,7 +261,7 @@ class TestAttentionRows:
 
     @pytest.mark.parametrize("scores_at_once", [1 << 22, 100])
     def test_rows_are_those_of_the_full_matrix(self, scores_at_once, monkeypatch):
-        monkeypatch.setattr(torch_backend, "SCORES_AT_ONCE", scores_at_once)
+        monkeypatch.setattr(torch_attention, "SCORES_AT_ONCE", scores_at_once)
         layer, x = visattn.Attention(10, normalize="queries").double(), torch.randn(2, 10, 5, 6, dtype=torch.float64)
         q, k = layer.conv_query, layer.conv_key
         expected = reference.attention_rows(x, q.weight, k.weight, self.pixels, q.bias, k.bias, normalize="queries")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import autograd
+from . import autograd, torch_backend
 from .folding import Weights
 from .layout import empty_map_like
 from .second_order import backward_of_backward
@@ -32,17 +32,20 @@ def self_attention_2d(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save`, lse also on the PyTorch path, y with "queries"."""
+    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries", lse where the PyTorch path has none."""
     weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
     out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
-    return out, _present(_in_layout_of(y, x), x), _present(lse, x, torch.float32)
+    return out, _present(_in_layout_of(y, x), x), _present(lse, x, _lse_dtype(x))
 
 
 @self_attention_2d.register_fake
 def _(x, b_k, w_q, b_q, w_k, w_v, b_v, gamma, scale, residual, normalize, backend, save):  # type: ignore[no-untyped-def]
-    y = empty_map_like(x).flatten(2) if save and normalize == "keys" else None
-    lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save and backend == "triton" else None
-    return empty_map_like(x), _present(y, x), _present(lse, x, torch.float32)
+    weights, dtype = Weights(w_q, b_q, w_k, w_v, b_v, gamma), _lse_dtype(x)
+    saved = save and normalize == "keys"
+    y = empty_map_like(x).flatten(2) if saved else None
+    keeps_lse = saved and (backend == "triton" or torch_backend.keeps_lse(x, weights))
+    lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=dtype) if keeps_lse else None
+    return empty_map_like(x), _present(y, x), _present(lse, x, dtype)
 
 
 @torch.library.custom_op("visattn::self_attention_2d_backward", mutates_args=())
@@ -67,7 +70,7 @@ def self_attention_2d_backward(
     """`(d_x, d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
     weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
     settings = autograd.Settings(scale, residual, normalize, backend)
-    saved_lse = lse if backend == "triton" else None
+    saved_lse = lse if lse.dim() == 2 else None
     d_x, d_weights = autograd.compute_backward(d_out, x, weights, y, saved_lse, settings, need_x, need_weights)
     return _present(d_x, x), *(_present(d, x) for d in d_weights)  # type: ignore[return-value]
 
@@ -124,6 +127,10 @@ self_attention_2d_backward.register_autograd(_differentiate_backward, setup_cont
 def _present(tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An op cannot return None: an empty tensor stands for it."""
     return x.new_empty((0,), dtype=dtype) if tensor is None else tensor
+
+
+def _lse_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _in_layout_of(y: Tensor | None, x: Tensor) -> Tensor | None:

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .folding import Moments, Weights
 from .layout import empty_map_like
-from .torch_backend import chunks, folded_queries, gradient_through_queries, moments, output_projection, project, widen
+from .torch_attention import chunks
+from .torch_backend import folded_queries, gradient_through_queries, moments, output_projection, project, widen
 
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -75,7 +76,7 @@ def backward(
         else:
             d_x.flatten(2).copy_(d_tokens)
     # Σ_i g_i y_iᵀ and Σ_i g_i r_i, with y_i = Σ_j P_ji x_j and r_i = Σ_j P_ji, summed over the keys instead.
-    return d_x, moments(d_t, tokens, g_of_keys, tokens) if need_weights else None
+    return d_x, moments(d_t, None, tokens, g_of_keys, tokens) if need_weights else None
 
 
 def rows(tokens: Tensor, w_q: Tensor, w_k: Tensor, b_k: Tensor | None, index: Tensor, scale: float) -> Tensor:

@@ -1,38 +1,52 @@
 """The production PyTorch path: any device, any floating dtype, memory linear in the number of pixels.
 
-Like the kernels it never makes keys or values: the folded query meets the map itself (folding.py).
+Like the kernels it makes no values. Three forms, of which `form_of` takes the quickest as measured: "chunks", where the folded
+query meets the map itself (folding.py) a block of the matrix at a time; "flash", the same in PyTorch's CPU kernel; "projected",
+where thin queries meet thin keys, in chunks.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from . import torch_attention
 from .folding import Moments, Weights
 from .layout import empty_map_like
 
-SCORES_AT_ONCE = 1 << 22
-"""Elements of the attention matrix that exist at a time. Measured on two CPU cores: larger is no quicker, smaller is slower."""
+PROJECTED_MIN_TOKENS = 256
+"""On smaller maps attention costs little, and folded it rounds less."""
 
-SDPA_MIN_TOKENS = 256
-"""From here on SDPA beats batched matmul and softmax in fp32 on the CPU; at 64 tokens it is slower than naive attention."""
+PROJECTED_MIN_CHANNELS = 128
+"""Where there is the CPU kernel, which wants queries as wide as the map, thin ones pay from here on only."""
+
+
+def form_of(tokens: Tensor, weights: Weights) -> str:
+    """ "chunks", "flash" or "projected", for tokens (N, C, L) as `widen` gives them."""
+    channels, length = tokens.shape[1:]
+    flash = torch_attention.flash_is_quicker(tokens)
+    thin = 4 * weights.w_q.shape[0] <= channels and length >= PROJECTED_MIN_TOKENS
+    if thin and not (flash and channels < PROJECTED_MIN_CHANNELS):
+        return "projected"
+    return "flash" if flash else "chunks"
+
+
+def keeps_lse(x: Tensor, weights: Weights) -> bool:
+    """Whether `forward` saves lse for a map x (N, C, H, W)."""
+    return x.dtype != torch.float16 and form_of(x.flatten(2), weights) == "flash"
 
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L). lse is always None: backward computes its softmax anew."""
+    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and, if `keeps_lse`, lse (N, L)."""
     tokens = widen(x.flatten(2))
-    u = folded_queries(weights, scale, tokens)
-    y = _attend_sdpa(u, tokens) if _sdpa_is_quicker(tokens) else _attend_in_chunks(u, tokens)
+    y, lse = _attend(tokens, weights, scale)
 
     w_v, b_v = output_projection(weights, tokens.dtype)
-    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else project(w_v, None, y)
+    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else torch.bmm(w_v.expand(len(x), -1, -1), y)
     out = empty_map_like(x)
     if b_v is None:
         out.flatten(2).copy_(branch)
     else:
         torch.add(branch, b_v[:, None], out=out.flatten(2))
-    return out, y.to(x.dtype) if save else None, None
+    return out, y.to(x.dtype) if save else None, lse if save and keeps_lse(x, weights) else None
 
 
 def backward(
@@ -47,33 +61,79 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
-    del lse
     tokens, g, y = widen(x.flatten(2)), widen(d_out.flatten(2)), widen(y)
-    u = folded_queries(weights, scale, tokens)
+    if lse is not None:
+        tokens, g = _token_major(tokens), _token_major(g)
     d_y = project(output_projection(weights, tokens.dtype)[0].mT, None, g)
 
-    d_tokens = torch.zeros_like(tokens)
-    d_u = torch.empty_like(tokens)
-    centered = tokens - tokens.mean(2, keepdim=True)  # rows of dS sum to zero; what rounding leaves of that must not meet the mean
-    for maps, rows, p, d_s in chunks(tokens, buffers=2):
-        keys, u_chunk, d_y_chunk = tokens[maps], u[maps, :, rows], d_y[maps, :, rows]
-        torch.softmax(torch.bmm(u_chunk.mT, keys, out=d_s), -1, out=p)
-        d_p = torch.bmm(d_y_chunk.mT, keys, out=d_s)
-        # Autograd's own softmax derivative: its Δ is summed from the p and d_p at hand, so that a saturated row cancels to zero.
-        torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_s)
-        d_u[maps, :, rows] = torch.bmm(centered[maps], d_s.mT)
-        if need_x:
-            d_tokens[maps].baddbmm_(d_y_chunk, p).baddbmm_(u_chunk, d_s)
-
+    d_k = None
+    if form_of(tokens, weights) == "projected":
+        d_tokens, d_q, d_k = _projected_backward(d_y, tokens, weights, scale, need_x)
+    else:
+        d_tokens, d_q = _folded_backward(d_y, tokens, weights, scale, y, lse, need_x)
     d_x = None
-    if need_x:
-        d_tokens += gradient_through_queries(weights, scale, d_u)
+    if d_tokens is not None:
         d_x = empty_map_like(x)
         if residual:
             torch.add(d_tokens, g, out=d_x.flatten(2))
         else:
             d_x.flatten(2).copy_(d_tokens)
-    return d_x, moments(d_u, tokens, g, y) if need_weights else None
+    return d_x, moments(d_q, d_k, tokens, g, y) if need_weights else None
+
+
+def _attend(tokens: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor | None]:
+    """`(y, lse)`: what each token takes from the map (N, C, L), and, in the form "flash", lse (N, L) of its keys less their mean."""
+    form = form_of(tokens, weights)
+    if form == "projected":
+        return torch_attention.chunked(*_thin_queries_and_keys(tokens, weights, scale), tokens), None
+    if form == "flash":
+        tokens = _token_major(tokens)
+        mean = tokens.mean(2, keepdim=True)
+        keys = tokens - mean
+        y, lse = torch_attention.flash(folded_queries(weights, scale, tokens), keys, keys)
+        return y + mean, lse
+    u = folded_queries(weights, scale, tokens)
+    if torch_attention.sdpa_takes(tokens):
+        return torch_attention.sdpa(u, tokens, tokens), None
+    return torch_attention.chunked(u, tokens, tokens), None
+
+
+def _folded_backward(
+    d_y: Tensor, tokens: Tensor, weights: Weights, scale: float, y: Tensor, lse: Tensor | None, need_x: bool
+) -> tuple[Tensor | None, Tensor]:
+    """`(d_tokens, d_u)`: what the map (N, C, L) receives as keys, values and queries, and the folded query's gradient."""
+    u, mean = folded_queries(weights, scale, tokens), tokens.mean(2, keepdim=True)
+    keys = tokens - mean
+    if lse is not None:
+        # Softmax drops the mean of the keys, and its derivative that of the values: rounding cannot meet either.
+        d_u, d_k, d_v = torch_attention.flash_backward(d_y, u, keys, keys, y - mean, lse)
+        d_tokens = d_k.add_(d_v)
+    else:
+        d_tokens = torch.zeros_like(tokens)
+        received = d_tokens if need_x else None
+        d_u = torch_attention.chunked_backward(d_y, u, tokens, tokens, keys, received, received)
+    if not need_x:
+        return None, d_u
+    return d_tokens.add_(gradient_through_queries(weights, scale, d_u)), d_u
+
+
+def _projected_backward(d_y: Tensor, tokens: Tensor, weights: Weights, scale: float, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`(d_tokens, d_q, d_k)`: what the map (N, C, L) receives, and the gradients of thin queries and keys (N, D, L)."""
+    q, k = _thin_queries_and_keys(tokens, weights, scale)
+    d_tokens, d_k = torch.zeros_like(tokens) if need_x else None, torch.zeros_like(k)
+    d_q = torch_attention.chunked_backward(d_y, q, k, tokens, k, d_k, d_tokens)
+    if d_tokens is not None:
+        d_tokens += project(scale * weights.w_q.to(q.dtype).mT, None, d_q)
+        d_tokens += project(weights.w_k.to(q.dtype).mT, None, d_k)
+    return d_tokens, d_q, d_k
+
+
+def _thin_queries_and_keys(tokens: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor]:
+    """`scale · (W_q x + b_q)` and `W_k x` less its mean over the map, which softmax drops; each (N, D, L)."""
+    dtype = tokens.dtype
+    w_k, bias = weights.w_k.to(dtype), None if weights.b_q is None else scale * weights.b_q.to(dtype)
+    mean = w_k @ tokens.mean(2, keepdim=True)
+    return project(scale * weights.w_q.to(dtype), bias, tokens), torch.baddbmm(-mean, w_k.expand(len(tokens), -1, -1), tokens)
 
 
 def widen(tokens: Tensor) -> Tensor:
@@ -128,54 +188,25 @@ def output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def project(weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-    """`W t + b` for every token: (O, C) and (N, C, L) to (N, O, L)."""
+    """`W t + b` for every token: (O, C) and (N, C, L) to (N, O, L), token by token in memory if tokens are."""
+    if tokens.mT.is_contiguous():
+        return torch.nn.functional.linear(tokens.mT, weight, bias).mT
     weight = weight.expand(len(tokens), -1, -1)
     return torch.bmm(weight, tokens) if bias is None else torch.baddbmm(bias[:, None], weight, tokens)
 
 
-def _sdpa_is_quicker(tokens: Tensor) -> bool:
-    """Measured on the CPU; on other devices SDPA is taken where its kernels, and not its full-matrix path, accept the input."""
-    channels, length = tokens.shape[1:]
-    if tokens.device.type == "cpu":
-        return tokens.dtype in (torch.float32, torch.float64) and length >= SDPA_MIN_TOKENS
-    return tokens.dtype != torch.float64 and channels % 8 == 0 and channels <= 256
-
-
-def _attend_sdpa(u: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(u xᵀ) x by PyTorch's kernel, which needs the last stride to be 1, or it takes its full-matrix path."""
-    queries, keys = (t.transpose(1, 2).contiguous()[:, None] for t in (u, tokens))
-    return scaled_dot_product_attention(queries, keys, keys, scale=1.0)[:, 0].transpose(1, 2)
-
-
-def _attend_in_chunks(u: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(u xᵀ) x with at most SCORES_AT_ONCE scores in memory."""
-    y = torch.empty_like(tokens)
-    for maps, rows, logits, p in chunks(tokens, buffers=2):
-        keys = tokens[maps]
-        torch.softmax(torch.bmm(u[maps, :, rows].mT, keys, out=logits), -1, out=p)
-        y[maps, :, rows] = torch.bmm(keys, p.mT)
-    return y
-
-
-def chunks(tokens: Tensor, buffers: int) -> Iterator[tuple]:
-    """Walks all query rows of all maps: `(slice of maps, slice of rows, *buffers)`, the buffers (maps, rows, L) reused throughout."""
-    num_maps, _, length = tokens.shape
-    maps_at_once = max(1, min(num_maps, SCORES_AT_ONCE // length**2))
-    rows_at_once = max(1, min(length, SCORES_AT_ONCE // (maps_at_once * length)))
-    whole = [tokens.new_empty(maps_at_once, rows_at_once, length) for _ in range(buffers)]
-    for map_ in range(0, num_maps, maps_at_once):
-        maps = slice(map_, min(map_ + maps_at_once, num_maps))
-        for row in range(0, length, rows_at_once):
-            rows = slice(row, min(row + rows_at_once, length))
-            yield maps, rows, *(b[: maps.stop - maps.start, : rows.stop - rows.start] for b in whole)
-
-
-def moments(d_u: Tensor, tokens: Tensor, g: Tensor, y: Tensor) -> Moments:
+def moments(d_q: Tensor, d_k: Tensor | None, tokens: Tensor, g: Tensor, y: Tensor) -> Moments:
+    """The sums over all tokens of all maps that the weights' gradients are made of; d_k only where there are keys."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    over_tokens = ([0, 2], [0, 2])
-    return Moments(
-        query=torch.tensordot(d_u, tokens, over_tokens).to(wide),
-        query_total=d_u.sum((0, 2), dtype=wide),
-        value=torch.tensordot(g, y, over_tokens).to(wide),
-        value_total=g.sum((0, 2), dtype=wide),
-    )
+
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        return torch.tensordot(a, b, ([0, 2], [0, 2])).to(wide)
+
+    # Gradients of keys sum to zero but for rounding, which is kept from meeting the mean of the map.
+    key = None if d_k is None else products(d_k, tokens - tokens.mean(2, keepdim=True))
+    return Moments(products(d_q, tokens), d_q.sum((0, 2), dtype=wide), products(g, y), g.sum((0, 2), dtype=wide), key)
+
+
+def _token_major(tokens: Tensor) -> Tensor:
+    """(N, C, L) with the channels of a token side by side in memory."""
+    return tokens.mT.contiguous().mT
