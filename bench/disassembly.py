@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def category(self) -> str:
-        """"tensor", a key of `_NAMES`, "uniform" for what a warp computes once, or "other", which costs its issue alone."""
+        """One of "tensor", a key of `_NAMES`, "uniform" for what a warp computes once, and "other", which costs its issue alone."""
         if self.name in ("HMMA", "HGMMA"):
             return "tensor"
         return _CATEGORIES.get(self.name) or ("uniform" if self.name.startswith("U") else "other")
@@ -88,6 +88,10 @@ class Matrix:
     element_bytes: int
     warps: int
     a_is_shared: bool
+
+    def __str__(self) -> str:
+        """The shape, and for HGMMA where A and B are: "64x64x16 RS" has A in registers, SS has both in shared memory."""
+        return f"{self.m}x{self.n}x{self.k}" + ("" if self.warps == 1 else " SS" if self.a_is_shared else " RS")
 
     @property
     def multiply_adds(self) -> int:

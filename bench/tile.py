@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .ahead_of_time import Launch
 from .disassembly import Instruction, Loop, Work, inner_loops, work
 
@@ -56,7 +54,7 @@ def tile_of(launch: Launch) -> Tile | None:
     """The tile of one iteration, None for a kernel whose main loop does not walk over tiles of tokens."""
     arguments = launch.arguments
     products = PRODUCTS[arguments["INPUT_PRECISION"]]
-    element_bytes = 4 if any(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in list(arguments.values())[:1]) else 2
+    element_bytes = next(iter(arguments.values())).element_size()  # a kernel's first argument is a map
     if launch.name == "token_moments_kernel":
         length = arguments["BLOCK_L"]
         return Tile(arguments["BLOCK_A"], arguments["BLOCK_C"], (length,), (length,), (), 0, products, element_bytes, 0)
