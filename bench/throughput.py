@@ -104,7 +104,7 @@ def predict(sm: Machine, work: Work, num_warps: int, tile: Tile | None, fp32_hig
         floor = floor_cycles(sm, tile.widths, tile.elements, tile.element_bytes, fp32_highest)
     own_shared = num_warps * work.shared_bytes / sm.shared  # operands of a matrix instruction are read while it runs
     serial = cycles["tensor"] + cycles["mufu"] + cycles["fp32"] + cycles["alu"] + own_shared
-    return Prediction(cycles, max(serial, cycles["issue"]), floor)
+    return Prediction(cycles, max(serial, *cycles.values()), floor)
 
 
 def pipe_cycles(sm: Machine, work: Work, num_warps: int) -> dict[str, float]:
