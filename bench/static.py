@@ -38,7 +38,7 @@ DTYPES = {
 CHANNELS = (16, 32, 64, 128, 256)
 QK_DIVISOR = 8  # SAGAN's queries and keys have an eighth of the map's channels
 TOKENS = 65536  # so many that every loop over tokens is one, and not a single step that the compiler unrolls
-_COUNTED = ("tensor", "mufu", "conversion", "fp32", "imad", "alu", "shared", "shuffle", "global", "barrier", "wait", "branch")
+_COUNTED = ("tensor", "mufu", "conversion", "fp32", "imad", "alu", "shared", "shuffle", "global", "local", "barrier", "wait", "branch")
 
 Row = dict[str, Any]
 
@@ -70,9 +70,15 @@ def run(options: argparse.Namespace) -> int:
         files.write(options.json, filed(options.target, rows))
     spilling = [r for r in rows if r["spills"]]
     for r in spilling:
-        sentence = f"{r['kernel']} spills {r['spills']} bytes on {r['target']}: {r['dtype']}, {r['channels']} channels"
-        print(f"{sentence}, queries and keys of {r['qk_channels']}, {r['registers']} registers.", file=sys.stderr)
+        print(_spill(r), file=sys.stderr)
     return 1 if spilling else 0
+
+
+def _spill(row: Row) -> str:
+    unit = "bytes" if DEVICES[row["target"]].target.backend == "cuda" else "registers"
+    sentence = f"{row['kernel']} spills {row['spills']} {unit} on {row['target']}: {row['dtype']}, {row['channels']} channels, "
+    sentence += f"queries and keys of {row['qk_channels']}, {row['registers']} registers"
+    return sentence + (f", {row['loop']['local']} accesses in the loop." if row["loop"] else ".")
 
 
 def filed(target: str, rows: list[Row]) -> str:
