@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);", re.MULTILINE)
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);", re.MULTILINE)
 _WARPGROUP_SHAPE = re.compile(r"^HGMMA\.(\d+)x(\d+)x(\d+)")
+_MATRIX = ("HMMA", "HGMMA")
+_BLACKWELL = re.compile(r"UTC\w*MMA$")  # counted, but its shape is in a descriptor
 _WARP_SHAPE = re.compile(r"^HMMA\.(\d+)")
 _WARP_SHAPES = {"1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16)}
 LANES = 32
@@ -37,11 +39,12 @@ _CATEGORIES = {name: category for category, names in _NAMES.items() for name in 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its byte address, e.g. "LDS.128", and its operands as they are printed."""
+    """One instruction: its byte address, e.g. "LDS.128", its operands as they are printed, and whether a predicate guards it."""
 
     address: int
     opcode: str
     operands: str
+    guarded: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +53,7 @@ class Instruction:
     @property
     def category(self) -> str:
         """One of "tensor", a key of `_NAMES`, "uniform" for what a warp computes once, and "other", which costs its issue alone."""
-        if self.name in ("HMMA", "HGMMA"):
+        if self.name in _MATRIX or _BLACKWELL.match(self.name):
             return "tensor"
         return _CATEGORIES.get(self.name) or ("uniform" if self.name.startswith("U") else "other")
 
@@ -136,7 +139,7 @@ class Work:
         self.opcodes[instruction.opcode] += times
         self.shared_bytes += times * instruction.shared_bytes
         self.global_bytes += times * instruction.global_bytes
-        if instruction.category == "tensor":
+        if instruction.name in _MATRIX:
             self.matrices[matrix(instruction)] += times
 
     def multiply_adds(self, num_warps: int) -> int:
@@ -150,7 +153,7 @@ def parse(assembly: str) -> list[Instruction]:
     Raises:
         ValueError: it holds no instruction, or an address twice.
     """
-    instructions = [Instruction(int(m[1], 16), m[3], m[4].strip()) for m in _LINE.finditer(assembly)]
+    instructions = [Instruction(int(m[1], 16), m[3], m[4].strip(), bool(m[2])) for m in _LINE.finditer(assembly)]
     if not instructions:
         raise ValueError("expected the output of cuobjdump --dump-sass, got text without an instruction")
     if len({i.address for i in instructions}) < len(instructions):
@@ -175,12 +178,18 @@ def matrix(instruction: Instruction) -> Matrix:
 
 
 def loops(instructions: Sequence[Instruction]) -> list[Loop]:
-    """All loops, outermost first: one for each target of a backward branch. (A branch to itself is the trap behind a kernel's end.)"""
+    """All loops, outermost first: one for each target of a backward branch.
+
+    A branch to itself is the trap behind a kernel's end. One from behind the kernel's exit is the way back from code that the
+    assembler has moved out of the way, such as a barrier's second try, and closes no loop either.
+    """
+    exits = [i.address for i in instructions if i.name == "EXIT" and not i.guarded]
     ends: dict[int, int] = {}
     for instruction in instructions:
         found = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands) if instruction.name == "BRA" else None
-        if found and int(found[1], 16) < instruction.address:
-            ends[int(found[1], 16)] = instruction.address
+        start = int(found[1], 16) if found else instruction.address
+        if start < instruction.address and not any(start <= exit_ < instruction.address for exit_ in exits):
+            ends[start] = instruction.address
     return sorted((Loop(*item) for item in ends.items()), key=lambda loop: (loop.start, -loop.end))
 
 
@@ -192,9 +201,9 @@ def main_loop(instructions: Sequence[Instruction]) -> Loop | None:
     without exponentials, the loop with the most matrix work is meant, the innermost of those that have the same.
     """
     found = [(loop, work(instructions, loop)) for loop in loops(instructions)]
-    with_exp = [(loop, w) for loop, w in found if w.matrices and w.opcodes["MUFU.EX2"]]
+    with_exp = [(loop, w) for loop, w in found if w.categories["tensor"] and w.opcodes["MUFU.EX2"]]
     innermost = [(loop, w) for loop, w in with_exp if not any(loop.contains(other) for other, _ in with_exp)]
-    candidates = innermost or [(loop, w) for loop, w in found if w.matrices]
+    candidates = innermost or [(loop, w) for loop, w in found if w.categories["tensor"]]
     if not candidates:
         return None
     return max(candidates, key=lambda pair: (sum(s.multiply_adds * n for s, n in pair[1].matrices.items()), -pair[0].end))[0]

@@ -148,7 +148,7 @@ def row(launch: Launch, compiled: Compiled, device: Device, fp32_highest: bool =
     loop = main_loop(instructions)
     if loop is None:
         return known
-    tile = tile_of(launch)
+    tile = tile_of(launch) if device.name in MACHINES else None
     work = work_of_tile(instructions, loop, tile, num_warps)
     known["loop"] = _counts(work, tile, num_warps)
     if device.name in MACHINES:

@@ -56,7 +56,8 @@ def _cells(row: Row) -> list[str]:
     programs = "" if row["programs"] is None else f"{row['programs']}{row['limit'][0]}"
     cells = [row["kernel"], row["config"], str(row["registers"]), str(row["spills"]), f"{row['shared_memory'] / 1024:.0f}", programs]
     if loop is None:
-        return cells + ["", "no loop"] + [""] * (len(_HEADER) - len(cells) - 2)
+        where = "no loop, " if row["target"].startswith("sm_") else ""  # the loops of AMD's kernels are not read
+        return [*cells, "", f"{where}{row['matrix_instructions']} in all"] + [""] * (len(_HEADER) - len(cells) - 2)
     work = "" if loop["products"] is None else f"{loop['products']:.2f}"
     cells += [str(loop["instructions"]), loop["matrices"], *(str(loop[name]) for name in _COUNTS), work, "|"]
     if predicted is None:

@@ -102,6 +102,12 @@ def test_loops_and_the_main_one():
     assert main_loop(parse(sass("EXIT", "BRA 0x10"))) is None
 
 
+def test_code_behind_the_exit_closes_no_loop():
+    body = ("NOP", "HMMA.16816.F32 R0, R4, R8, R0", "@!P0 BRA 0x50", "@P1 EXIT", "EXIT")
+    assert loops(parse(sass(*body, "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2", "BRA 0x10"))) == []
+    assert loops(parse(sass(*body[:-1], "NOP", "BRA 0x10"))) == [Loop(0x10, 0x50)]
+
+
 def test_counts_of_the_main_loop():
     instructions = parse(FORWARD)
     found = work(instructions, main_loop(instructions))
