@@ -323,4 +323,5 @@ def test_every_kernel_of_64_channels(target, dtype, qk_channels):
     attention = [r for r in rows if r["loop"] and r["loop"]["products"] is not None]
     assert len(attention) == 4
     for r in attention:
-        assert r["loop"]["products"] == 1 or (dtype == "fp32-highest" and 1 < r["loop"]["products"] <= 4), r
+        # Tiles in fp32 are narrower than what their warps cover, so that some warps repeat others' work.
+        assert 1 <= r["loop"]["products"] <= (1 if dtype in ("bf16", "fp16") else 4), r
