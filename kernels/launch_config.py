@@ -3,6 +3,7 @@
 They come from compiling for each class of devices and reading registers, spills and shared memory; none has been timed yet.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class LaunchConfig:
     input_precision: str
     max_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int | bool]:
         """The compiler's options, as a launch takes them. Fusing a multiply and an add is asked for, not left to a default."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -79,6 +80,11 @@ def block_channels(num_channels: int) -> int:
     return max(16, 1 << (num_channels - 1).bit_length())
 
 
+def num_tiles(length: int, block: int) -> int:
+    """Tiles of `block` that cover `length`. `triton.cdiv` is the same, and takes microseconds of every launch."""
+    return -(-length // block)
+
+
 def projects_keys(num_channels: int, qk_channels: int) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
 
@@ -90,16 +96,19 @@ def projects_keys(num_channels: int, qk_channels: int) -> bool:
     return 2 * block_channels(qk_channels) <= block_channels(num_channels)
 
 
+@functools.cache
 def forward_config(num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """The configuration of `attention_forward` for maps of `num_channels`, 1 to 256."""
     return _configs(num_channels, dtype, target)[0]
 
 
+@functools.cache
 def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> BackwardConfigs:
     """The configurations of `attention_backward` and `token_moments` for maps of `num_channels`, 1 to 256."""
     return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
+@functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
     return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import ProjectedConfigs, block_channels
+from .launch_config import ProjectedConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
     dot_over_channels,
@@ -308,7 +308,7 @@ def projected_attention_backward(
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
 
     config = configs.prepare
-    prepare_projected_backward_kernel[(num_maps * triton.cdiv(num_queries, config.block_m),)](
+    prepare_projected_backward_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
         d_out, *d_out.stride(),
         y, d_y, *y.stride(),
         mean_k, *q.stride(),
@@ -321,7 +321,7 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.query_gradient
-    projected_query_gradient_kernel[(num_maps * triton.cdiv(num_queries, config.block_m),)](
+    projected_query_gradient_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
         q, mean_k, d_q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -337,7 +337,7 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.key_value_gradient
-    projected_key_value_gradient_kernel[(num_maps * triton.cdiv(num_keys, config.block_n),)](
+    projected_key_value_gradient_kernel[(num_maps * num_tiles(num_keys, config.block_n),)](
         q, *q.stride(),
         k, d_k, *k.stride(),
         v, *v.stride(),

@@ -50,41 +50,31 @@ def self_attention_2d(
     """
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
     qk_channels = w_q.shape[0]
-    settings_scale = qk_channels**-0.5 if scale is None else float(scale)
+    factor = qk_channels**-0.5 if scale is None else float(scale)
 
-    dtype = _compute_dtype(x)
-    add_afterwards = residual and dtype != x.dtype  # autocast must not round the map that is only passed through
-    operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
-    narrow_x = operands[0]
-    assert narrow_x is not None
-    selected = dispatch.select_backend(narrow_x, qk_channels, backend, normalize)
-    settings = autograd.Settings(settings_scale, residual and not add_afterwards, normalize, selected)
-    out = _run(settings, *operands)  # type: ignore[arg-type]
+    branch_x, add_afterwards = x, False
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = _compute_dtype(x)
+        add_afterwards = residual and dtype != x.dtype  # autocast must not round the map that is only passed through
+        operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
+        branch_x, w_q, w_k, w_v, b_q, b_k, b_v, gamma = operands  # type: ignore[assignment]
+    selected = dispatch.select_backend(branch_x, qk_channels, backend, normalize)
+    settings = autograd.Settings(factor, residual and not add_afterwards, normalize, selected)
+    if normalize == "queries":
+        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
+    out = _run(settings, branch_x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
     return x + out if add_afterwards else out
 
 
-def _run(
-    settings: autograd.Settings,
-    x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    b_v: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: Weights) -> Tensor:
     """Runs eagerly, with or without a graph, or as an op where a compiler is looking."""
-    if settings.normalize == "queries":
-        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
-    weights = Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_k, *weights))
+    needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (b_k, *weights)))
     if torch.compiler.is_compiling():
         from . import ops
 
-        return ops.self_attention_2d(x, b_k, *weights, *settings, differentiable)[0]
-    if differentiable:
-        return autograd.SelfAttention.apply(x, b_k, *weights, settings)[0]
+        return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph)[0]
+    if needs_graph:
+        return autograd.differentiable(x, b_k, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
 
 

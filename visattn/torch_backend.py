@@ -21,7 +21,7 @@ SDPA_MIN_TOKENS = 256
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L). lse is always None: backward computes its softmax anew."""
-    tokens = widen(x.flatten(2))
+    tokens, weights = widen(x.flatten(2)), weights.matrices()
     u = folded_queries(weights, scale, tokens)
     y = _attend_sdpa(u, tokens) if _sdpa_is_quicker(tokens) else _attend_in_chunks(u, tokens)
 
@@ -49,6 +49,7 @@ def backward(
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     del lse
     tokens, g, y = widen(x.flatten(2)), widen(d_out.flatten(2)), widen(y)
+    weights = weights.matrices()
     u = folded_queries(weights, scale, tokens)
     d_y = project(output_projection(weights, tokens.dtype)[0].mT, None, g)
 
