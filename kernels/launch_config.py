@@ -85,6 +85,7 @@ def num_tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
+@functools.cache
 def projects_keys(num_channels: int, qk_channels: int) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
 

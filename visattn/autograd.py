@@ -4,6 +4,7 @@ All implementations have the same two functions, `forward` and `backward`; what 
 second derivatives) is computed here once for both. ops.py wires the same steps into torch.library.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,20 +32,23 @@ class Settings(NamedTuple):
 
 
 def implementation(settings: Settings) -> ModuleType:
-    """The module that computes a call; Triton is imported when it is first needed."""
+    """The module that computes a call."""
     if settings.normalize == "queries":
         return query_normalized
-    if settings.backend == "torch":
-        return torch_backend
+    return torch_backend if settings.backend == "torch" else _triton_backend()
+
+
+@functools.cache
+def _triton_backend() -> ModuleType:
+    """Triton is imported when it is first needed."""
     from . import triton_backend
 
     return triton_backend
 
 
 def compute_forward(x: Tensor, weights: Weights, settings: Settings, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not."""
-    with without_autocast(x):
-        return implementation(settings).forward(x, weights, settings.scale, settings.residual, save)
+    """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not. Not under autocast."""
+    return implementation(settings).forward(x, weights, settings.scale, settings.residual, save)
 
 
 def compute_backward(

@@ -30,7 +30,7 @@ class Weights(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
         """The function of each weight that exists."""
-        return Weights(*[None if w is None else function(w) for w in self])  # type: ignore[arg-type]
+        return Weights._make([None if w is None else function(w) for w in self])
 
     def matrices(self) -> "Weights":
         """The same with weights of convolutions as the matrices they are."""
@@ -58,9 +58,8 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
     From `u_i = scale · W_kᵀ(W_q x_i + b_q)`, or `q_i = scale · (W_q x_i + b_q)` and `k_j = W_k x_j`, and
     `out_i = x_i + γ(W_v y_i + b_v)`.
     """
-    dtype = moments.query.dtype
-    w_q, b_q, w_k, w_v, b_v, gamma = weights.matrices().map(lambda w: w if w.dtype == dtype else w.to(dtype))
     query, query_total, d_w_v, value_total, d_w_k = moments
+    w_q, b_q, w_k, w_v, b_v, gamma = weights.map(lambda w: w if w.dtype == query.dtype else w.to(query.dtype))
     d_b_v = value_total
     d_b_q = d_gamma = None
     if d_w_k is not None:
@@ -68,15 +67,16 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
         if b_q is not None:
             d_b_q = scale * query_total
     else:
+        w_q, w_k = w_q.flatten(1), w_k.flatten(1)
         # With beta = 0 the first operand is not read: these are products times scale, in one operation.
         d_w_q = torch.addmm(w_k, w_k, query, beta=0, alpha=scale)
         if b_q is None:
             d_w_k = torch.addmm(w_q, w_q, query.mT, beta=0, alpha=scale)
         else:
             d_b_q = torch.addmv(b_q, w_k, query_total, beta=0, alpha=scale)
-            d_w_k = torch.addr(w_q @ query.mT, b_q, query_total, beta=scale, alpha=scale)
+            d_w_k = (w_q @ query.mT).addr_(b_q, query_total, beta=scale, alpha=scale)
     if gamma is not None:
-        d_gamma = (w_v * d_w_v).sum()
+        d_gamma = (w_v.flatten(1) * d_w_v).sum()
         if b_v is not None:
             d_gamma = d_gamma + b_v @ value_total
             d_b_v = gamma * value_total

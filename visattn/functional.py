@@ -49,20 +49,34 @@ def self_attention_2d(
         RuntimeError: an explicitly named backend cannot run; the message holds every reason.
     """
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
-    qk_channels = w_q.shape[0]
-    factor = qk_channels**-0.5 if scale is None else float(scale)
-
-    branch_x, add_afterwards = x, False
     if torch.is_autocast_enabled(x.device.type):
-        dtype = _compute_dtype(x)
-        add_afterwards = residual and dtype != x.dtype  # autocast must not round the map that is only passed through
-        operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
-        branch_x, w_q, w_k, w_v, b_q, b_k, b_v, gamma = operands  # type: ignore[assignment]
-    selected = dispatch.select_backend(branch_x, qk_channels, backend, normalize)
-    settings = autograd.Settings(factor, residual and not add_afterwards, normalize, selected)
+        return _under_autocast(x, (w_q, w_k, w_v, b_q, b_k, b_v), gamma, scale, residual, normalize, backend)
+    qk_channels = w_q.shape[0]
+    selected = dispatch.select_backend(x, qk_channels, backend, normalize)
+    settings = autograd.Settings(qk_channels**-0.5 if scale is None else float(scale), residual, normalize, selected)
     if normalize == "queries":
         w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
-    out = _run(settings, branch_x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
+    return _run(settings, x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
+
+
+def _under_autocast(
+    x: Tensor,
+    projections: tuple[Tensor | None, ...],
+    gamma: Tensor | None,
+    scale: float | None,
+    residual: bool,
+    normalize: str,
+    backend: str | None,
+) -> Tensor:
+    """The branch in the autocast dtype, with autocast off; it must not round the map that is only passed through."""
+    dtype = _compute_dtype(x)
+    narrow_x, narrow_gamma, *narrow = [None if t is None else t.to(dtype) for t in (x, gamma, *projections)]
+    add_afterwards = residual and dtype != x.dtype
+    with autograd.without_autocast(x):
+        out = self_attention_2d(
+            narrow_x, *narrow, gamma=narrow_gamma,  # type: ignore[arg-type]
+            scale=scale, residual=residual and not add_afterwards, normalize=normalize, backend=backend,
+        )  # fmt: skip
     return x + out if add_afterwards else out
 
 

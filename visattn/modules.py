@@ -44,7 +44,8 @@ class _ThreeConvolutions(AttentionLayer):
         return QueriesAndKeys(query.weight, key.weight, query.bias, key.bias, None, self.normalize)
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        query, key, value = self.conv_query, self.conv_key, self.conv_value
+        convolutions = self._modules  # where nn.Module's own look-up would arrive as well, microseconds later
+        query, key, value = convolutions["conv_query"], convolutions["conv_key"], convolutions["conv_value"]
         return query.weight, key.weight, value.weight, query.bias, key.bias, value.bias
 
     def extra_repr(self) -> str:
