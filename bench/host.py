@@ -5,10 +5,12 @@ PyTorch's own operations, allocations, views and the small products behind the g
 would only be queued; here they compute, which at 32 channels takes no time beside calling them. The cases with 32 channels
 are therefore the ones to be held against the targets; those with more also contain arithmetic that is not the host's.
 
-Where the time goes is found by recording the calls of one step with their arguments and timing each kind in isolation, in the same
-rounds as the whole. A part that is repeated runs from warm caches, as it never does in a step: "colder caches" is the time of all
-parts one after another less their sum. "Not explained" is the rest of the whole: the lines between the parts. What `kernel[grid](...)` costs beyond the stub, and the questions that only a GPU can answer, such
-as making its device current, cannot be measured this way.
+Where the time goes is found by recording the calls of one step with their arguments and timing each kind in isolation, in the
+same rounds as the whole. A part that is repeated runs from warm caches, as it never does in a step: "colder caches" is the
+time of all parts one after another less their sum. "Not explained" is the rest of the whole: the lines between the parts.
+
+What `kernel[grid](...)` costs beyond the stub, and the questions that only a GPU can answer, such as making its device
+current, cannot be measured this way.
 """
 
 import argparse
@@ -280,11 +282,8 @@ def _kind_of(function: Any) -> str:
 def record(step: Step) -> list[Call]:
     """The calls of one step, in their order, whose parts are not PyTorch's autograd."""
     recorder = Recorder()
-    with (
-        ExitStack() as patches,
-        torch.set_grad_enabled(step.training),
-        stubbed_launches(lambda kernel, *args, **kwargs: recorder.launch(kernel, *args, **kwargs)),
-    ):
+    with ExitStack() as patches, torch.set_grad_enabled(step.training):
+        patches.enter_context(stubbed_launches(lambda *args, **kwargs: recorder.launch(*args, **kwargs)))
         for module, name, part in RECORDED:
             patches.enter_context(mock.patch.object(module, name, recorder.recorded(getattr(module, name), part)))
         for name in ("compute_forward", "compute_backward"):
