@@ -35,7 +35,7 @@ def check_map(x: Tensor) -> None:
         raise TypeError(f"x must have a floating dtype, got {x.dtype}; convert it with x.float()")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
-    if 0 in shape[1:]:
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(shape)}; only N may be 0")
 
 
@@ -112,7 +112,7 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
 def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int) -> int:
     """The number of rows, which is `rows` unless that is None."""
     shape = weight.shape
-    if len(shape) != 2 and (len(shape) != 4 or shape[2:] != (1, 1)):
+    if len(shape) != 2 and (len(shape) != 4 or shape[2] != 1 or shape[3] != 1):
         raise ValueError(f"{name} must have shape (out, in) or (out, in, 1, 1), got {tuple(shape)}")
     if shape[1] != columns:
         raise ValueError(f"{name} must take x's {columns} channels, its shape {tuple(shape)} takes {shape[1]}")
