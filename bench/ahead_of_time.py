@@ -101,7 +101,7 @@ def layer_launches(
     device: Device,
     dtype: torch.dtype,
     channels: int,
-    tokens: int = 1024,
+    tokens: int = 65536,  # fewer, and `token_moments` takes one step a program: its loop would vanish
     *,
     qk_channels: int | None = None,
     highest: bool = True,

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from visattn import files
-from visattn.experiment import commit
+from visattn.provenance import commit
 
 from .ahead_of_time import DEVICES, Compiled, Device, Launch, compile_launch, layer_launches
 from .disassembly import Instruction, Work, main_loop, parse

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import BackwardConfigs, block_channels
+from .launch_config import BackwardConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
     LOG2E,
@@ -276,7 +276,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
 
     config = configs.prepare
-    prepare_backward_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+    prepare_backward_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         d_out, *d_out.stride(),
         w_q, b_q, w_k, w_v, gamma,
@@ -290,7 +290,7 @@ def attention_backward(
 
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
     config = configs.query_gradient
-    query_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+    query_gradient_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         d_out, *d_out.stride(),
         y, u, d_y, d_u, *y.stride(),
@@ -304,7 +304,7 @@ def attention_backward(
 
     if d_x is not None:
         config = configs.key_value_gradient
-        key_value_gradient_kernel[(num_maps * triton.cdiv(num_tokens, config.block_n),)](
+        key_value_gradient_kernel[(num_maps * num_tiles(num_tokens, config.block_n),)](
             x, *x.stride(),
             u, d_y, *y.stride(),
             lse, delta,

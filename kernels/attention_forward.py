@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels
+from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import (
     LOG2E,
     attend_tile,
@@ -138,7 +138,7 @@ def attention_forward(
     `config.steps_over_channels`.
     """
     num_maps, num_channels, num_tokens = x.shape
-    grid = (num_maps * triton.cdiv(num_tokens, config.block_m),)
+    grid = (num_maps * num_tiles(num_tokens, config.block_m),)
     block_c = block_channels(num_channels)
     attention_forward_kernel[grid](
         x, *x.stride(),

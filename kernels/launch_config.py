@@ -3,6 +3,7 @@
 They come from compiling for each class of devices and reading registers, spills and shared memory; none has been timed yet.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ class LaunchConfig:
     input_precision: str
     max_registers: int | None = None
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int | bool]:
         """The compiler's options, as a launch takes them. Fusing a multiply and an add is asked for, not left to a default."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -79,6 +80,12 @@ def block_channels(num_channels: int) -> int:
     return max(16, 1 << (num_channels - 1).bit_length())
 
 
+def num_tiles(length: int, block: int) -> int:
+    """Tiles of `block` that cover `length`. `triton.cdiv` is the same, and takes microseconds of every launch."""
+    return -(-length // block)
+
+
+@functools.cache
 def projects_keys(num_channels: int, qk_channels: int) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
 
@@ -90,16 +97,19 @@ def projects_keys(num_channels: int, qk_channels: int) -> bool:
     return 2 * block_channels(qk_channels) <= block_channels(num_channels)
 
 
+@functools.cache
 def forward_config(num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
     """The configuration of `attention_forward` for maps of `num_channels`, 1 to 256."""
     return _configs(num_channels, dtype, target)[0]
 
 
+@functools.cache
 def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> BackwardConfigs:
     """The configurations of `attention_backward` and `token_moments` for maps of `num_channels`, 1 to 256."""
     return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
+@functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
     return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
@@ -156,7 +166,7 @@ _TABLE: _Table = {
         64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
         128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
         256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
-              (16, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
+              (16, 32, 16, 16, 8, 1), (32, 32, ALL, 32, 8, 1)),
     },
     ("ampere", "half"): {
         16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
@@ -164,12 +174,13 @@ _TABLE: _Table = {
         64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
         128: ((64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 1), (64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
         256: ((32, 64, 64, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (32, 32, 64, 32, 8, 1),
-              (16, 16, ALL, 32, 8, 1), (64, 64, ALL, 32, 8, 2)),
+              (16, 16, ALL, 32, 8, 1), (64, 32, ALL, 32, 8, 2)),
     },
     ("ampere", "tf32"): {
         16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
         32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        64: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 32, ALL, 16, 4, 2),
+             (64, 64, ALL, 32, 4, 2, 255)),
         128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 2)),
         256: ((16, 32, 64, 16, 8, 1, 255), (32, 64, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1),
               (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
@@ -180,9 +191,9 @@ _TABLE: _Table = {
         32: ((64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1),
              (16, 32, ALL, 16, 4, 1), (32, 32, ALL, 32, 4, 2, 255)),
         64: ((32, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1, 255), (32, 32, 32, 16, 8, 1), (32, 32, 16, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
-        128: ((32, 32, 16, 16, 8, 1), (64, 64, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+        128: ((32, 32, 16, 16, 8, 1), (64, 64, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (64, 16, ALL, 32, 4, 2)),
         256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
-              (16, 32, 16, 16, 8, 1, 255), (64, 32, ALL, 32, 8, 1)),
+              (16, 32, 16, 16, 8, 1, 255), (32, 32, ALL, 32, 8, 1)),
     },
     ("cdna", "half"): {
         16: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1), (16, 64, ALL, 32, 4, 2)),
@@ -228,7 +239,8 @@ _PROJECTED_TABLE: _Table = {
     },
     ("hopper", "fp32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2, 255), (64, 64, ALL, 32, 4, 1),
+             (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1)),
         128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
              (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
         256: ((64, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
@@ -237,21 +249,23 @@ _PROJECTED_TABLE: _Table = {
     ("ampere", "half"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
         64: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
-        128: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 32, 64, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 8, 1), (64, 32, ALL, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 32, 64, 16, 8, 1)),
         256: ((64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (16, 16, 64, 16, 8, 1)),
     },
     ("ampere", "tf32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
         64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 32, 32, 16, 8, 1)),
-        128: ((64, 64, ALL, 16, 4, 1), (32, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 4, 1), (32, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1),
+              (32, 64, 64, 16, 8, 1, 255), (16, 32, 64, 16, 8, 1)),
         256: ((64, 64, ALL, 16, 4, 1), (16, 32, 64, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
              (16, 16, 64, 16, 8, 1), (16, 16, 64, 16, 8, 1)),
     },
-    ("ampere", "fp32"): {  # nothing tried keeps the last kernel of 128 from spilling 8 bytes where keys have 16 channels
+    ("ampere", "fp32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (32, 32, 32, 16, 8, 1), (32, 64, ALL, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1), (16, 32, 16, 16, 8, 1)),
-        128: ((64, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (64, 64, ALL, 16, 8, 1),
-             (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
+        64: ((64, 64, ALL, 16, 4, 1), (32, 32, 32, 16, 8, 1), (32, 64, ALL, 16, 8, 1, 255),
+             (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1)),
+        128: ((32, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (64, 64, ALL, 16, 8, 1),
+              (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
         256: ((32, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
              (16, 32, 16, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
     },
@@ -269,3 +283,6 @@ _PROJECTED_TABLE: _Table = {
     },
 }  # fmt: skip
 _PROJECTED_TABLE |= {("blackwell", operands): _PROJECTED_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
+_PROJECTED_TABLE["blackwell", "half"] = _PROJECTED_TABLE["hopper", "half"] | {
+    256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
+}

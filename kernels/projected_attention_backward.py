@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import ProjectedConfigs, block_channels
+from .launch_config import ProjectedConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
     dot_over_channels,
@@ -204,9 +204,10 @@ def accumulate_projected_key_value_gradient(
         delta = tl.load(delta_ptr + offs_m)
     p = tl.exp2(logits - lse[None, :])
     d_s = p * (d_p * LN2 - (delta * LN2)[None, :])  # q is log2(e) times too large
+    # Keys first: the last product decides how the warps divide the tiles, and thin keys would give all of them the same columns.
+    d_k = tl.dot(d_s.to(q.dtype), tl.trans(q), d_k, input_precision=INPUT_PRECISION)
     if VALUES:
         d_v = tl.dot(p.to(q.dtype), tl.trans(d_y), d_v, input_precision=INPUT_PRECISION)
-    d_k = tl.dot(d_s.to(q.dtype), tl.trans(q), d_k, input_precision=INPUT_PRECISION)
     return d_k, d_v
 
 
@@ -308,7 +309,7 @@ def projected_attention_backward(
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
 
     config = configs.prepare
-    prepare_projected_backward_kernel[(num_maps * triton.cdiv(num_queries, config.block_m),)](
+    prepare_projected_backward_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
         d_out, *d_out.stride(),
         y, d_y, *y.stride(),
         mean_k, *q.stride(),
@@ -321,7 +322,7 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.query_gradient
-    projected_query_gradient_kernel[(num_maps * triton.cdiv(num_queries, config.block_m),)](
+    projected_query_gradient_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
         q, mean_k, d_q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -337,7 +338,7 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.key_value_gradient
-    projected_key_value_gradient_kernel[(num_maps * triton.cdiv(num_keys, config.block_n),)](
+    projected_key_value_gradient_kernel[(num_maps * num_tiles(num_keys, config.block_n),)](
         q, *q.stride(),
         k, d_k, *k.stride(),
         v, *v.stride(),

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels
+from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import load_tile, locate, project_tile, tile_offsets
 
 
@@ -70,7 +70,7 @@ def qkv_projection(
     arguments: list[torch.Tensor | float | None] = []
     for projection, out in ((q, out_q), (k, out_k), (v, out_v)):
         arguments += [*(projection or (None, None, None)), out, *((0, 0, 0) if out is None else out.stride())]
-    qkv_projection_kernel[(num_maps * triton.cdiv(num_tokens, config.block_m),)](
+    qkv_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         *arguments,
         num_tokens,

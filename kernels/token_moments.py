@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels
+from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import load_tile, tile_offsets
 
 # Enough programs to fill the largest chips a few times over; a constant, so that the order of summation, and with it
@@ -54,17 +54,17 @@ def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConf
     """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L)."""
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
-    num_tiles = num_maps * triton.cdiv(num_tokens, config.block_n)
-    channel_tiles = triton.cdiv(left_channels, config.block_m)
-    tiles_per_split = triton.cdiv(num_tiles, max(1, NUM_PROGRAMS // channel_tiles))
-    splits = triton.cdiv(num_tiles, tiles_per_split)
+    token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
+    channel_tiles = num_tiles(left_channels, config.block_m)
+    tiles_per_split = num_tiles(token_tiles, max(1, NUM_PROGRAMS // channel_tiles))
+    splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, left_channels), dtype=torch.float32, device=left.device)
     token_moments_kernel[(splits * channel_tiles,)](
         left, *left.stride(),
         right, *right.stride(),
         product, total,
-        num_tiles, tiles_per_split, num_tokens,
+        token_tiles, tiles_per_split, num_tokens,
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

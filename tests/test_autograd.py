@@ -39,6 +39,13 @@ def test_gradgradcheck_without_optional_parameters():
     assert torch.autograd.gradgradcheck(lambda x, q, k, v: functional.self_attention_2d(x, q, k, v, residual=False), leaves)
 
 
+def test_derivatives_with_weights_of_convolutions():
+    x, w_q, w_k, w_v, *rest = double_leaves()
+    weights = [w.detach()[..., None, None].requires_grad_() for w in (w_q, w_k, w_v)]
+    assert torch.autograd.gradcheck(layer, (x, *weights, *rest))
+    assert torch.autograd.gradgradcheck(layer, (x, *weights, *rest))
+
+
 def penalty_gradients(function, problem, names=("x", "w_q", "w_k", "w_v", "b_q", "b_v", "gamma")):
     """The gradients of a WGAN-GP penalty: a derivative of a derivative by every parameter."""
     leaves = {name: getattr(problem, name).detach().requires_grad_() for name in (*names, "b_k")}

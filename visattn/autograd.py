@@ -4,6 +4,7 @@ All implementations have the same two functions, `forward` and `backward`; what 
 second derivatives) is computed here once for both. ops.py wires the same steps into torch.library.
 """
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -31,20 +32,23 @@ class Settings(NamedTuple):
 
 
 def implementation(settings: Settings) -> ModuleType:
-    """The module that computes a call; Triton is imported when it is first needed."""
+    """The module that computes a call."""
     if settings.normalize == "queries":
         return query_normalized
-    if settings.backend == "torch":
-        return torch_backend
+    return torch_backend if settings.backend == "torch" else _triton_backend()
+
+
+@functools.cache
+def _triton_backend() -> ModuleType:
+    """Triton is imported when it is first needed."""
     from . import triton_backend
 
     return triton_backend
 
 
 def compute_forward(x: Tensor, weights: Weights, settings: Settings, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not."""
-    with without_autocast(x):
-        return implementation(settings).forward(x, weights, settings.scale, settings.residual, save)
+    """`(out, y, lse)` of the chosen backend; y and lse are what backward wants, None where it does not. Not under autocast."""
+    return implementation(settings).forward(x, weights, settings.scale, settings.residual, save)
 
 
 def compute_backward(
@@ -58,8 +62,48 @@ def compute_backward(
         return d_x, weight_gradients(weights, moments, settings.scale)
 
 
+def differentiable(x: Tensor, b_k: Tensor | None, weights: Weights, settings: Settings) -> Tensor:
+    """The output, with a graph behind it."""
+    if transforms_are_active():
+        return TransformedSelfAttention.apply(x, b_k, *weights, settings)[0]
+    return SelfAttention.apply(x, b_k, *weights, settings)
+
+
+def transforms_are_active() -> bool:
+    """Whether `torch.func` looks at the call; PyTorch asks itself the same before it applies a function."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class SelfAttention(torch.autograd.Function):
-    """(x, b_k, *weights, settings) → (out, y, lse). b_k is taken along for its gradient, which is exactly zero."""
+    """(x, b_k, *weights, settings) → out. b_k is taken along for its gradient, which is exactly zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b_k: Tensor | None, *rest: Any) -> Tensor:
+        *weights, settings = rest
+        out, y, lse = compute_forward(x, Weights(*weights), settings, save=True)
+        _keep(ctx, x, b_k, weights, y, lse, settings)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple:
+        if d_out is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, b_k, *weights, y, lse = ctx.saved_tensors
+        need_x, need_b_k, *need_weights, _ = ctx.needs_input_grad
+        arguments = (d_out, x, *weights, y, lse, ctx.settings, need_x, any(need_weights))
+        if torch.is_grad_enabled() or transforms_are_active():
+            d_x, *d_weights = SelfAttentionBackward.apply(*arguments)
+        else:
+            d_x, *d_weights = SelfAttentionBackward.forward(*arguments)  # nobody will differentiate it: no graph
+        d_b_k = torch.zeros_like(b_k) if need_b_k else None
+        return d_x, d_b_k, *d_weights, None
+
+
+class TransformedSelfAttention(torch.autograd.Function):
+    """(x, b_k, *weights, settings) → (out, y, lse), in the form that `torch.func` asks for.
+
+    For that form PyTorch binds the arguments to their signature in every call, which takes as long as the rest of the forward pass.
+    """
 
     @staticmethod
     def forward(x: Tensor, b_k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -71,19 +115,15 @@ class SelfAttention(torch.autograd.Function):
         x, b_k, *weights, settings = inputs
         _, y, lse = output
         ctx.mark_non_differentiable(*(t for t in (y, lse) if t is not None))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, b_k, *weights, y, lse)
-        ctx.settings = settings
+        _keep(ctx, x, b_k, weights, y, lse, settings)
 
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple:
-        if d_out is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, b_k, *weights, y, lse = ctx.saved_tensors
-        need_x, need_b_k, *need_weights, _ = ctx.needs_input_grad
-        gradients = SelfAttentionBackward.apply(d_out, x, *weights, y, lse, ctx.settings, need_x, any(need_weights))
-        d_b_k = torch.zeros_like(b_k) if need_b_k else None
-        return gradients[0], d_b_k, *gradients[1:], None
+    backward = SelfAttention.backward
+
+
+def _keep(ctx: Any, x: Tensor, b_k: Tensor | None, weights: list, y: Tensor | None, lse: Tensor | None, settings: Settings) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, b_k, *weights, y, lse)
+    ctx.settings = settings
 
 
 class SelfAttentionBackward(torch.autograd.Function):

@@ -20,12 +20,24 @@ MIN_COMPUTE_CAPABILITY = (8, 0)
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and warns that it does
 def triton_is_interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before visattn is first used)."""
+    return _triton_is_interpreting()
+
+
+@functools.cache
+def _triton_is_interpreting() -> bool:
     return TRITON_IS_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
+    return _compute_capability(device)
+
+
+@functools.cache
+def _compute_capability(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
@@ -93,5 +105,5 @@ def _cuda_target(index: int, highest: bool) -> "Target":
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes x's device current, since kernels start on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Makes x's device current, since kernels start on the current one; it mostly is."""
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()

@@ -60,7 +60,9 @@ def requested_backend(backend: str | None) -> str:
         return backend
     if _request.backend is not None:
         return _request.backend
-    in_environment = os.environ.get("VISATTN_BACKEND", "auto")
+    if "VISATTN_BACKEND" not in os.environ:
+        return "auto"
+    in_environment = os.environ["VISATTN_BACKEND"]
     validation.check_backend(in_environment, BACKENDS, "VISATTN_BACKEND")
     return in_environment
 
@@ -75,13 +77,14 @@ def unsupported_reasons(x: Tensor, qk_channels: int, normalize: str = "keys") ->
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, x is {_name(x.dtype)}")
     if interpreting and x.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes bfloat16 dots wrongly")
-    if max(x.shape[1], qk_channels) > MAX_CHANNELS:
-        reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {x.shape[1]} and the queries have {qk_channels}")
-    if x.device.type == "cuda":
+    channels, place = x.shape[1], x.device.type
+    if channels > MAX_CHANNELS or qk_channels > MAX_CHANNELS:
+        reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {channels} and the queries have {qk_channels}")
+    if place == "cuda":
         capability = device.compute_capability(x.device)
         if capability < device.MIN_COMPUTE_CAPABILITY:
             reasons.append(f"the kernels need compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}")
-    elif not (x.device.type == "cpu" and interpreting):
+    elif not (place == "cpu" and interpreting):
         reasons.append(f"the kernels need a CUDA or ROCm device, x is on {x.device}")
     return reasons
 

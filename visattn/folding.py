@@ -16,7 +16,10 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Weights(NamedTuple):
-    """The layer's parameters as matrices: w_q, w_k (D, C); b_q (D); w_v (C, C); b_v (C); gamma one element. b_k never matters."""
+    """The layer's parameters: w_q, w_k (D, C); b_q (D); w_v (C, C); b_v (C); gamma one element. b_k never matters.
+
+    The matrices may be the weights of 1×1 convolutions, (D, C, 1, 1), which lie in memory no differently.
+    """
 
     w_q: Tensor
     b_q: Tensor | None
@@ -27,7 +30,12 @@ class Weights(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
         """The function of each weight that exists."""
-        return Weights(*(None if w is None else function(w) for w in self))  # type: ignore[arg-type]
+        return Weights._make([None if w is None else function(w) for w in self])
+
+    def matrices(self) -> "Weights":
+        """The same with weights of convolutions as the matrices they are."""
+        w_q, b_q, w_k, w_v, b_v, gamma = self
+        return Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
 
 
 class Moments(NamedTuple):
@@ -50,24 +58,35 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
     From `u_i = scale · W_kᵀ(W_q x_i + b_q)`, or `q_i = scale · (W_q x_i + b_q)` and `k_j = W_k x_j`, and
     `out_i = x_i + γ(W_v y_i + b_v)`.
     """
-    w_q, b_q, w_k, w_v, b_v, gamma = weights.map(lambda w: w.to(moments.query.dtype))
-    d_w_v = moments.value
-    d_b_v = d_gamma = None
-    if moments.key is None:
-        d_w_q = scale * (w_k @ moments.query)
-        d_w_k = scale * (w_q @ moments.query.mT)
-        d_b_q = scale * (w_k @ moments.query_total)
+    query, query_total, d_w_v, value_total, d_w_k = moments
+    w_q, b_q, w_k, w_v, b_v, gamma = weights.map(lambda w: w if w.dtype == query.dtype else w.to(query.dtype))
+    d_b_v = value_total
+    d_b_q = d_gamma = None
+    if d_w_k is not None:
+        d_w_q = scale * query
         if b_q is not None:
-            d_w_k += scale * torch.outer(b_q, moments.query_total)
+            d_b_q = scale * query_total
     else:
-        d_w_q, d_w_k, d_b_q = scale * moments.query, moments.key, scale * moments.query_total
-    if b_v is not None:
-        d_b_v = moments.value_total
+        w_q, w_k = w_q.flatten(1), w_k.flatten(1)
+        # With beta = 0 the first operand is not read: these are products times scale, in one operation.
+        d_w_q = torch.addmm(w_k, w_k, query, beta=0, alpha=scale)
+        if b_q is None:
+            d_w_k = torch.addmm(w_q, w_q, query.mT, beta=0, alpha=scale)
+        else:
+            d_b_q = torch.addmv(b_q, w_k, query_total, beta=0, alpha=scale)
+            d_w_k = (w_q @ query.mT).addr_(b_q, query_total, beta=scale, alpha=scale)
     if gamma is not None:
-        d_gamma = (w_v * moments.value).sum()
-        d_w_v = gamma * moments.value
+        d_gamma = (w_v.flatten(1) * d_w_v).sum()
         if b_v is not None:
-            d_gamma = d_gamma + b_v @ moments.value_total
-            d_b_v = gamma * moments.value_total
+            d_gamma = d_gamma + b_v @ value_total
+            d_b_v = gamma * value_total
+        d_w_v = gamma * d_w_v
     gradients = (d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)
-    return tuple(None if w is None or d is None else d.to(w.dtype).reshape(w.shape) for d, w in zip(gradients, weights, strict=True))
+    return tuple([None if w is None or d is None else _fitted(d, w) for d, w in zip(gradients, weights, strict=True)])
+
+
+def _fitted(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient in its weight's dtype and shape; asking first is quicker than a conversion that changes nothing."""
+    if gradient.dtype != weight.dtype:
+        gradient = gradient.to(weight.dtype)
+    return gradient if gradient.shape == weight.shape else gradient.reshape(weight.shape)

@@ -49,42 +49,46 @@ def self_attention_2d(
         RuntimeError: an explicitly named backend cannot run; the message holds every reason.
     """
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
+    if torch.is_autocast_enabled(x.device.type):
+        return _under_autocast(x, (w_q, w_k, w_v, b_q, b_k, b_v), gamma, scale, residual, normalize, backend)
     qk_channels = w_q.shape[0]
-    settings_scale = qk_channels**-0.5 if scale is None else float(scale)
+    selected = dispatch.select_backend(x, qk_channels, backend, normalize)
+    settings = autograd.Settings(qk_channels**-0.5 if scale is None else float(scale), residual, normalize, selected)
+    if normalize == "queries":
+        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
+    return _run(settings, x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
 
+
+def _under_autocast(
+    x: Tensor,
+    projections: tuple[Tensor | None, ...],
+    gamma: Tensor | None,
+    scale: float | None,
+    residual: bool,
+    normalize: str,
+    backend: str | None,
+) -> Tensor:
+    """The branch in the autocast dtype, with autocast off; it must not round the map that is only passed through."""
     dtype = _compute_dtype(x)
-    add_afterwards = residual and dtype != x.dtype  # autocast must not round the map that is only passed through
-    operands = [None if t is None else t.to(dtype) for t in (x, w_q, w_k, w_v, b_q, b_k, b_v, gamma)]
-    narrow_x = operands[0]
-    assert narrow_x is not None
-    selected = dispatch.select_backend(narrow_x, qk_channels, backend, normalize)
-    settings = autograd.Settings(settings_scale, residual and not add_afterwards, normalize, selected)
-    out = _run(settings, *operands)  # type: ignore[arg-type]
+    narrow_x, narrow_gamma, *narrow = [None if t is None else t.to(dtype) for t in (x, gamma, *projections)]
+    add_afterwards = residual and dtype != x.dtype
+    with autograd.without_autocast(x):
+        out = self_attention_2d(
+            narrow_x, *narrow, gamma=narrow_gamma,  # type: ignore[arg-type]
+            scale=scale, residual=residual and not add_afterwards, normalize=normalize, backend=backend,
+        )  # fmt: skip
     return x + out if add_afterwards else out
 
 
-def _run(
-    settings: autograd.Settings,
-    x: Tensor,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor,
-    b_q: Tensor | None,
-    b_k: Tensor | None,
-    b_v: Tensor | None,
-    gamma: Tensor | None,
-) -> Tensor:
+def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: Weights) -> Tensor:
     """Runs eagerly, with or without a graph, or as an op where a compiler is looking."""
-    if settings.normalize == "queries":
-        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
-    weights = Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b_k, *weights))
+    needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (b_k, *weights)))
     if torch.compiler.is_compiling():
         from . import ops
 
-        return ops.self_attention_2d(x, b_k, *weights, *settings, differentiable)[0]
-    if differentiable:
-        return autograd.SelfAttention.apply(x, b_k, *weights, settings)[0]
+        return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph)[0]
+    if needs_graph:
+        return autograd.differentiable(x, b_k, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
 
 

@@ -1,6 +1,6 @@
 """The layers: parameters and one functional call."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,8 @@ class _ThreeConvolutions(AttentionLayer):
         return QueriesAndKeys(query.weight, key.weight, query.bias, key.bias, None, self.normalize)
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        query, key, value = self.conv_query, self.conv_key, self.conv_value
+        modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
+        query, key, value = modules["conv_query"], modules["conv_key"], modules["conv_value"]
         return query.weight, key.weight, value.weight, query.bias, key.bias, value.bias
 
     def extra_repr(self) -> str:

@@ -34,7 +34,8 @@ def self_attention_2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries", lse where the PyTorch path has none."""
     weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
-    out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
+    with autograd.without_autocast(x):
+        out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
     return out, _present(_in_layout_of(y, x), x), _present(lse, x, _lse_dtype(x))
 
 

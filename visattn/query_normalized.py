@@ -24,7 +24,7 @@ from .torch_backend import folded_queries, gradient_through_queries, moments, ou
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, None, None)`: out (N, C, H, W). Backward needs no more than the inputs."""
     del save
-    tokens = widen(x.flatten(2))
+    tokens, weights = widen(x.flatten(2)), weights.matrices()
     t, values = folded_queries(weights, scale, tokens), _values(weights, tokens)
     branch = _zeros(tokens)
     for maps, keys, logits, p in chunks(tokens, buffers=2):
@@ -51,7 +51,7 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     del y, lse
-    tokens, g = widen(x.flatten(2)), widen(d_out.flatten(2))
+    tokens, g, weights = widen(x.flatten(2)), widen(d_out.flatten(2)), weights.matrices()
     t, values = folded_queries(weights, scale, tokens), _values(weights, tokens)
 
     d_tokens = _zeros(tokens)

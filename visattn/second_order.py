@@ -25,7 +25,7 @@ def backward_of_backward(
     dtype = torch.promote_types(x.dtype, torch.float32)
     tokens, g = (t.flatten(2).to(dtype) for t in (x, d_out))
     v_tokens = torch.zeros_like(tokens) if v_x is None else v_x.flatten(2).to(dtype)
-    wide = weights.map(lambda w: w.to(dtype))
+    wide = weights.matrices().map(lambda w: w.to(dtype))
     tangents = Weights(*(_tangent(v, w) for v, w in zip(v_weights, wide, strict=True)))  # type: ignore[arg-type]
 
     length = tokens.shape[2]
@@ -54,7 +54,7 @@ def backward_of_backward(
                     _add(total, next(gradients))
     if residual:
         phi_d_out += v_tokens
-    shaped = tuple(None if w is None or t is None else t.to(w.dtype) for t, w in zip(phi_weights, weights, strict=True))
+    shaped = tuple(None if w is None or t is None else t.to(w.dtype).reshape(w.shape) for t, w in zip(phi_weights, weights, strict=True))
     return phi_d_out.view(x.shape).to(d_out.dtype), phi_tokens.view(x.shape).to(x.dtype), shaped
 
 
@@ -98,7 +98,7 @@ def _tangent(cotangent: Tensor | None, weight: Tensor | None) -> Tensor | None:
     """A missing cotangent of a weight that exists is zero."""
     if weight is None:
         return None
-    return torch.zeros_like(weight) if cotangent is None else cotangent.to(weight.dtype)
+    return torch.zeros_like(weight) if cotangent is None else cotangent.to(weight.dtype).reshape(weight.shape)
 
 
 def _add(total: Tensor, part: Tensor | None) -> None:

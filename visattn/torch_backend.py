@@ -36,7 +36,7 @@ def keeps_lse(x: Tensor, weights: Weights) -> bool:
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and, if `keeps_lse`, lse (N, L)."""
-    tokens = widen(x.flatten(2))
+    tokens, weights = widen(x.flatten(2)), weights.matrices()
     y, lse = _attend(tokens, weights, scale)
 
     w_v, b_v = output_projection(weights, tokens.dtype)
@@ -62,6 +62,7 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     tokens, g, y = widen(x.flatten(2)), widen(d_out.flatten(2)), widen(y)
+    weights = weights.matrices()
     if lse is not None:
         tokens, g = _token_major(tokens), _token_major(g)
     d_y = project(output_projection(weights, tokens.dtype)[0].mT, None, g)

@@ -17,23 +17,25 @@ from .layout import empty_map_like
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
-    channels, target = x.shape[1], kernel_target(x.device)
-    projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights) else None
+    maps, channels, height, width = x.shape
+    target = kernel_target(x.device)
+    projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights, channels) else None
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target)
     out = empty_map_like(x)
-    y = empty_map_like(x).flatten(2) if save or config.steps_over_channels(channels) else None
-    lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=torch.float32) if save else None
-    if x.numel():
+    out_tokens = out.flatten(2)
+    y = torch.empty_like(out_tokens) if save or config.steps_over_channels(channels) else None
+    lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
+    if maps:
         tokens, weights = x.flatten(2), weights.map(Tensor.contiguous)
         with on_device_of(x):
             if projected:
                 q, k = _queries_and_keys(tokens, weights, scale, projected)
                 kernels.projected_attention_forward(
-                    q, k, tokens, tokens, weights.w_v, weights.b_v, weights.gamma, out.flatten(2), y, lse,
+                    q, k, tokens, tokens, weights.w_v, weights.b_v, weights.gamma, out_tokens, y, lse,
                     residual=residual, config=config,
                 )  # fmt: skip
             else:
-                kernels.attention_forward(tokens, *weights, out.flatten(2), y, lse, scale=scale, residual=residual, config=config)
+                kernels.attention_forward(tokens, *weights, out_tokens, y, lse, scale=scale, residual=residual, config=config)
     return out, y if save else None, lse
 
 
@@ -62,7 +64,7 @@ def backward(
     w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
         d_k = None
-        if _projects_keys(weights):
+        if _projects_keys(weights, channels):
             projected = kernels.projected_configs(channels, x.dtype, target)
             q, k = _queries_and_keys(tokens, weights, scale, projected)
             d_q, d_k = kernels.projected_attention_backward(
@@ -80,9 +82,8 @@ def backward(
     return d_x, Moments(query, query_total, value, value_total, key)
 
 
-def _projects_keys(weights: Weights) -> bool:
-    qk_channels, channels = weights.w_q.shape
-    return kernels.projects_keys(channels, qk_channels)
+def _projects_keys(weights: Weights, channels: int) -> bool:
+    return kernels.projects_keys(channels, weights.w_q.shape[0])
 
 
 def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: kernels.ProjectedConfigs) -> tuple[Tensor, Tensor]:

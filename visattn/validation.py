@@ -27,15 +27,16 @@ def check_map(x: Tensor) -> None:
     """x must be a floating map (N, C, H, W) with at least one channel and one pixel; N may be 0."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.ndim != 4:
-        hint = "; add a batch dimension with x.unsqueeze(0)" if x.ndim == 3 else ""
-        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(x.shape)}{hint}")
+    shape = x.shape
+    if len(shape) != 4:
+        hint = "; add a batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
+        raise ValueError(f"x must have shape (N, C, H, W), got {tuple(shape)}{hint}")
     if not x.is_floating_point():
         raise TypeError(f"x must have a floating dtype, got {x.dtype}; convert it with x.float()")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}; only N may be 0")
+    if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(shape)}; only N may be 0")
 
 
 def check_self_attention_2d(
@@ -53,16 +54,16 @@ def check_self_attention_2d(
     """The whole contract of `functional.self_attention_2d`, before anything is computed."""
     check_map(x)
     check_normalize(normalize)
-    channels = x.shape[1]
+    channels, device, dtype = x.shape[1], x.device, x.dtype
     named = (("w_q", w_q), ("w_k", w_k), ("w_v", w_v), ("b_q", b_q), ("b_k", b_k), ("b_v", b_v), ("gamma", gamma))
     for name, tensor in named:
         if tensor is None and not name.startswith("w_"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        _check_like_x(name, tensor, x)
-    _check_weight("w_q", w_q, None, channels)
-    qk_channels = w_q.shape[0]
+        if tensor.device != device or tensor.dtype != dtype:
+            _check_like_x(name, tensor, x)
+    qk_channels = _check_weight("w_q", w_q, None, channels)
     _check_weight("w_k", w_k, qk_channels, channels)
     _check_weight("w_v", w_v, channels, channels)
     for name, bias, size in (("b_q", b_q, qk_channels), ("b_k", b_k, qk_channels), ("b_v", b_v, channels)):
@@ -108,13 +109,16 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with .to(), or use torch.autocast")
 
 
-def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int) -> None:
-    if weight.ndim not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
-        raise ValueError(f"{name} must have shape (out, in) or (out, in, 1, 1), got {tuple(weight.shape)}")
-    if weight.shape[1] != columns:
-        raise ValueError(f"{name} must take x's {columns} channels, its shape {tuple(weight.shape)} takes {weight.shape[1]}")
+def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int) -> int:
+    """The number of rows, which is `rows` unless that is None."""
+    shape = weight.shape
+    if len(shape) != 2 and (len(shape) != 4 or shape[2] != 1 or shape[3] != 1):
+        raise ValueError(f"{name} must have shape (out, in) or (out, in, 1, 1), got {tuple(shape)}")
+    if shape[1] != columns:
+        raise ValueError(f"{name} must take x's {columns} channels, its shape {tuple(shape)} takes {shape[1]}")
     if rows is None:
-        if weight.shape[0] == 0:
-            raise ValueError(f"{name} must have at least one row, got {tuple(weight.shape)}")
-    elif weight.shape[0] != rows:
-        raise ValueError(f"{name} must give {rows} channels, its shape {tuple(weight.shape)} gives {weight.shape[0]}")
+        if shape[0] == 0:
+            raise ValueError(f"{name} must have at least one row, got {tuple(shape)}")
+    elif shape[0] != rows:
+        raise ValueError(f"{name} must give {rows} channels, its shape {tuple(shape)} gives {shape[0]}")
+    return shape[0]

@@ -1,0 +1,177 @@
+"""bench/host.py: that the stub catches every launch, that the parts make up the whole; and what keeps the host's path short.
+
+Nothing here looks at a clock.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import INTERPRETING
+
+pytest.importorskip("triton", reason="launches are Triton's")
+if INTERPRETING:
+    pytest.skip("the interpreter replaces launches", allow_module_level=True)
+
+from triton.runtime.jit import JITFunction
+
+from bench import host
+from visattn import autograd, device, kernels
+
+launch_config = kernels.launch_config
+
+FORWARD = ["attention_forward_kernel"]
+BACKWARD = ["prepare_backward_kernel", "query_gradient_kernel", "key_value_gradient_kernel"]
+NARROW_FORWARD = ["qkv_projection_kernel", "projected_attention_forward_kernel"]
+NARROW_BACKWARD = [
+    "qkv_projection_kernel",
+    "prepare_projected_backward_kernel",
+    "projected_query_gradient_kernel",
+    "projected_key_value_gradient_kernel",
+]
+MOMENTS = ["token_moments_kernel"]
+
+
+def is_folded(case: host.Case) -> bool:
+    return case.qk_channels == case.shape[1]
+
+
+def expected_launches(case: host.Case, mode: str) -> list[str]:
+    forward = FORWARD if is_folded(case) else NARROW_FORWARD
+    backward = BACKWARD + 2 * MOMENTS if is_folded(case) else NARROW_BACKWARD + 3 * MOMENTS
+    return forward + (backward if mode == "forward + backward" else [])
+
+
+def run_step(case: host.Case, mode: str) -> list[str]:
+    """The kernels that one step starts."""
+    started = []
+    step = host.Step(case, mode)
+    with torch.set_grad_enabled(step.training), host.stubbed_launches(lambda kernel, *_, **__: started.append(kernel.__name__)):
+        step()
+    return started
+
+
+small = pytest.mark.parametrize("case", [c for c in host.CASES if c.shape == (2, 32, 8, 8)], ids=lambda case: case.name)
+modes = pytest.mark.parametrize("mode", host.MODES)
+
+
+@modes
+@small
+def test_every_launch_is_caught(case, mode):
+    assert run_step(case, mode) == expected_launches(case, mode)
+
+
+@pytest.mark.parametrize("case", host.CASES, ids=lambda case: case.name)
+def test_every_case_runs_on_the_kernels(case):
+    assert run_step(case, "forward") == expected_launches(case, "forward")
+
+
+def test_the_stub_leaves_nothing_behind():
+    before = JITFunction.run, device.triton_is_interpreting, autograd.compute_forward
+    with host.stubbed_launches():
+        assert before[0] is not JITFunction.run
+    host.record(host.Step(host.CASES[0], "forward"))
+    assert (JITFunction.run, device.triton_is_interpreting, autograd.compute_forward) == before
+    assert not device.triton_is_interpreting()
+
+
+@modes
+@small
+def test_every_part_is_found(case, mode):
+    _, counts = host.parts_of(host.Step(case, mode))
+    launches = expected_launches(case, mode)
+    assert counts["launches, stubbed"] == len(launches)
+    assert counts["validation"] == counts["dispatch"] == counts["module call"] == counts["parameters"] == 1
+    # out; with a graph y and lse; projected queries and keys
+    allocations = {"forward": 1, "forward, graph kept": 3}
+    if mode in allocations:
+        assert counts["allocation"] == allocations[mode] + (0 if is_folded(case) else 2)
+    assert (host.FUNCTION in counts) == (mode != "forward")
+    assert (host.ENGINE in counts) == ("gradients of weights, beside their operations" in counts) == (mode == "forward + backward")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[host.Row]:
+    return host.measure(host.CASES[:1], rounds=2)
+
+
+def test_parts_make_up_the_whole(rows):
+    for mode in host.MODES:
+        figures = {row.part: row for row in rows if (row.case, row.mode) == (host.CASES[0].name, mode)}
+        whole = figures.pop(host.WHOLE)
+        for percentile in ("p20", "p50", "p80"):
+            total = sum(getattr(row, percentile) for row in figures.values())
+            assert total == pytest.approx(getattr(whole, percentile))
+        assert 0 < whole.p20 <= whole.p50 <= whole.p80
+
+
+def test_the_table_shows_every_part(rows):
+    table = host.markdown(rows)
+    assert "| yardstick |" in table
+    for row in rows:
+        assert row.case in table
+        assert row.part in table or row.part == host.WHOLE
+
+
+def test_command_line(rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host, "measure", lambda: rows)
+    parser = argparse.ArgumentParser()
+    host.configure(parser)
+    assert host.run(parser.parse_args(["--json", str(tmp_path / "host.json")])) == 0
+    assert capsys.readouterr().out == host.markdown(rows) + "\n"
+    assert json.loads((tmp_path / "host.json").read_text()) == [dataclasses.asdict(row) for row in rows]
+
+
+def test_measuring_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(device, "triton_is_interpreting", lambda: True)
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        host.measure()
+
+
+class TestShortPath:
+    @modes
+    @small
+    def test_eager_calls_launch_without_wrapping(self, case, mode, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("an eager call went through torch.library")
+
+        monkeypatch.setattr(torch.library, "wrap_triton", refuse)
+        monkeypatch.setattr(torch.library, "triton_op", refuse)
+        assert run_step(case, mode) == expected_launches(case, mode)
+
+    def test_no_file_wraps_launches(self):
+        root = Path(__file__).resolve().parent.parent
+        for path in itertools.chain((root / "visattn").rglob("*.py"), (root / "kernels").rglob("*.py")):
+            assert "wrap_triton" not in path.read_text(encoding="utf-8"), path.name
+
+    def test_first_derivatives_have_no_graph_of_their_own(self, monkeypatch):
+        monkeypatch.setattr(autograd.SelfAttentionBackward, "apply", lambda *_: pytest.fail("a node nobody asked for"))
+        run_step(host.CASES[0], "forward + backward")
+
+    def test_configurations_are_looked_up_and_pure(self):
+        targets = {kernels.Target(*key) for key in itertools.product(("hopper", "blackwell", "ampere"), ("tf32", "bf16x6"))}
+        targets.add(kernels.Target("cdna", "ieee"))
+        for target, dtype, channels in itertools.product(targets, (torch.float32, torch.float16, torch.bfloat16), (20, 32, 64, 100, 256)):
+            for look_up in (launch_config.forward_config, launch_config.backward_configs, launch_config.projected_configs):
+                found = look_up(channels, dtype, target)
+                assert found is look_up(channels, dtype, dataclasses.replace(target))
+                assert found == look_up.__wrapped__(channels, dtype, target)
+
+    def test_launches_do_not_change_the_options_they_share(self):
+        config = launch_config.forward_config(32, torch.float32, host._hopper(torch.device("cpu")))
+        before = dict(config.options)
+        run_step(host.CASES[0], "forward + backward")
+        assert config.options is config.options
+        assert config.options == before
+        assert dataclasses.replace(config).options == before
+
+    @pytest.mark.parametrize("length", range(1, 70))
+    def test_tiles_cover_the_length(self, length):
+        for block in (16, 64):
+            tiles = launch_config.num_tiles(length, block)
+            assert (tiles - 1) * block < length <= tiles * block
