@@ -1,4 +1,4 @@
-# Everything a person runs: make demo, make test. Each makes .venv by itself.
+# Everything a person runs: make demo, make bench, make test. Each makes .venv by itself.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,14 +6,21 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo test test-all test-compat lint clean
+.PHONY: demo bench test test-all test-compat lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
 
+# A quick look at speed on this machine: a table, pictures and every row in runs/bench.
+bench: $(VENV)/installed
+	rm -rf runs/bench
+	$(IN)python -m bench run --quick --suite cifar models --provider naive sdpa visattn
+	$(IN)python -m bench report runs/bench
+
 test: lint
 	$(IN)python -m pytest -n 2 -m "not full"
 	TRITON_INTERPRET=1 $(IN)python -m pytest -n 2 -m "kernels and not full"
+	PYTHON=$(IN)python bash bench/on_gpu.sh "$$(mktemp -d)" --dry-run
 
 # The long form: every kernel × configuration × dtype × device, ahead of time.
 test-all: lint

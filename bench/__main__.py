@@ -6,7 +6,7 @@ import sys
 
 from visattn.device import chosen_device
 
-from . import profiling, report, run
+from . import host, profiling, report, run, static
 from .environment import environment
 
 
@@ -23,6 +23,8 @@ COMMANDS = {
     "run": ("measure suites", run.configure, run.run),
     "report": ("tables and pictures of rows, and the README's section", report.configure, report.run),
     "import": ("file rows under the name of their device", report.configure_import, report.run_import),
+    "static": ("what the kernels compile to for a device that need not be here, and what bounds them", static.configure, static.run),
+    "host": ("what a call costs before a kernel runs, and where it goes", host.configure, host.run),
     "profile": ("which kernels a step launches, and how long each takes", profiling.configure, profiling.run),
     "env": ("what a row says of the machine", configure_env, run_env),
 }
@@ -37,7 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         return options.command(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -30,15 +30,15 @@ def ratios(path: Path, lines: list[Line], title: str) -> None:
         places = [(place, ratio) for place, line in enumerate(lines) if (ratio := line.ratio_to_naive(name))]
         shifted = [place + (i - (len(providers) - 1) / 2) * width for place, _ in places]
         bars = axes.bar(shifted, [ratio - 1 for _, ratio in places], width, bottom=1, color=COLORS[name], label=name)
-        if name in OURS:
-            axes.bar_label(bars, [f"{ratio:.1f}" for _, ratio in places], fontsize=7, padding=2)
+        axes.bar_label(bars, [f"{ratio:.2f}" for _, ratio in places], fontsize=6.5, padding=2, fontweight="bold" if name in OURS else None)
     axes.axhline(1, color=COLORS["naive"], linewidth=1.5, label="naive")
     axes.set(yscale="log", ylabel="times as quick as naive", xticks=range(len(lines)), title=title)
     axes.set_xticklabels([_short(line.first) for line in lines], rotation=35, ha="right", fontsize=8)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}×" if value in (0.5, 2, 3, 5) else "")
     axes.grid(axis="y", which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    axes.margins(y=0.1)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=4)
     save(figure, path)
 
 
@@ -65,25 +65,32 @@ def over_length(path: Path, lines: list[Line], title: str) -> None:
 
 
 def steps(path: Path, lines: list[Line], title: str) -> None:
-    """Milliseconds of each model with each kind of attention."""
+    """Each model with each kind of attention: where pairs were timed in percent of naive's time, else in milliseconds."""
     from matplotlib.figure import Figure
 
     providers = [name for name in COLORS if any(line.timed(name) for line in lines)]
     figure = Figure(figsize=(8, 1.2 + 0.28 * sum(len(line.rows) for line in lines)), layout="constrained")
     axes = figure.add_subplot()
+    paired = any(row.ratio_p50 for line in lines for row in line.rows.values())
+    lines = [line for line in lines if not paired or line.timed("naive")]
     place, ticks = 0.0, []
     for line in lines:
         start = place
         for name in providers:
             row = line.timed(name)
             if row and row.p50:
-                bar = axes.barh(place, row.p50 / 1000, 0.85, color=COLORS[name])
                 ratio = line.ratio_to_naive(name)
+                bar = axes.barh(place, 100 / (ratio or 1) if paired else row.p50 / 1000, 0.85, color=COLORS[name])
                 axes.bar_label(bar, [name + (f", {ratio:.2f}× as quick" if ratio and name != "naive" else "")], fontsize=7, padding=3)
                 place += 1
         ticks.append(((start + place - 1) / 2, _short(line.first)))
         place += 0.8
-    axes.set(xlabel="milliseconds", yticks=[t for t, _ in ticks], yticklabels=[name for _, name in ticks], title=title)
+    axes.set(
+        xlabel="% of naive's time" if paired else "milliseconds",
+        yticks=[t for t, _ in ticks],
+        yticklabels=[name for _, name in ticks],
+        title=title,
+    )
     axes.margins(x=0.25)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

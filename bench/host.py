@@ -88,8 +88,12 @@ def run(options: argparse.Namespace) -> int:
     rows = measure()
     print(markdown(rows))
     if options.json:
-        files.write(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+        write(options.json, rows)
     return 0
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    files.write(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
 
 def measure(cases: Sequence[Case] = tuple(CASES), rounds: int = ROUNDS) -> list[Row]:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from visattn.device import chosen_device
 
-from . import cases, environment, layers, model_steps, rows
+from . import cases, environment, host, layers, model_steps, rows
 from .floors import measure_ceilings
 from .providers import PROVIDERS
 from .rows import Row
@@ -40,6 +40,10 @@ def run(options: argparse.Namespace) -> int:
         kept.add(row)
         console.print(in_words(row), markup=False)
         ours_failed |= row.provider.startswith("visattn") and row.state == rows.WRONG
+    if "host" in suites:
+        measured = host.measure(rounds=3 if options.size == "toy" else host.ROUNDS)
+        host.write(options.out / "host.json", measured)
+        console.print(host.markdown(measured), markup=False)
     return int(ours_failed)
 
 

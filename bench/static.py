@@ -37,7 +37,6 @@ DTYPES = {
 }
 CHANNELS = (16, 32, 64, 128, 256)
 QK_DIVISOR = 8  # SAGAN's queries and keys have an eighth of the map's channels
-TOKENS = 65536  # so many that every loop over tokens is one, and not a single step that the compiler unrolls
 _COUNTED = ("tensor", "mufu", "conversion", "fp32", "imad", "alu", "shared", "shuffle", "global", "local", "barrier", "wait", "branch")
 
 Row = dict[str, Any]
@@ -114,7 +113,7 @@ def rows_of(target: str, dtype: str, channels: int, qk_channels: int) -> list[Ro
     """One row for each kernel of the layer's forward and backward pass."""
     device = DEVICES[target]
     torch_dtype, highest = DTYPES[dtype]
-    launches = layer_launches(device, torch_dtype, channels, TOKENS, qk_channels=qk_channels, highest=highest)
+    launches = layer_launches(device, torch_dtype, channels, qk_channels=qk_channels, highest=highest)
     head = {"target": target, "dtype": dtype, "channels": channels, "qk_channels": qk_channels}
     return [head | row(launch, compile_launch(launch, device), device, dtype == "fp32-highest") for launch in launches]
 

@@ -169,7 +169,9 @@ def test_targets_are_met_or_not_or_not_measured():
     forward, training, never = summary.verdicts(measured, "cpu")
     assert (forward.figure, forward.in_words) == (2.1, "not met")
     assert (training.figure, training.in_words) == (None, "not measured")
-    assert (never.figure, never.in_words) == (2.1, "met")
+    assert (never.figure, never.in_words) == (None, "not measured")
+    bf16 = [replace(row, dtype="bfloat16", case="in bf16") for row in measured]
+    assert [v.in_words for v in summary.verdicts([*measured, *bf16], "cpu")] == ["not met", "not measured", "met"]
     on_gpu = [replace(row, execution="eager", ratio_p50=None, p50=p) for row, p in zip(measured, (90.0, 10.0), strict=True)]
     first, *rest = summary.verdicts(on_gpu, "cuda")
     assert (first.figure, first.in_words) == (9.0, "met")

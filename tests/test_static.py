@@ -228,7 +228,7 @@ def test_floor_of_full_precision_is_three_products_of_tf32_or_six_of_bf16():
 def compiled(target: str, index: int):
     """One of the kernels of the layer of 64 channels in bf16, what it became, and its main loop's work."""
     device = DEVICES[target]
-    launch = layer_launches(device, torch.bfloat16, 64, static.TOKENS)[index]
+    launch = layer_launches(device, torch.bfloat16, 64)[index]
     result = compile_launch(launch, device)
     instructions = parse(result.assembly)
     num_warps = launch.options["num_warps"]
