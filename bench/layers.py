@@ -103,15 +103,17 @@ def failure_as_row(row: Row, how: How) -> Iterator[list[Row]]:
 
 def timed_rows(row: Row, same_work: list[timing.Call], naive: timing.Call | None, how: How) -> Iterator[Row]:
     """The row with what was timed, once for each execution; `same_work` is the same work on different inputs."""
-    peak = timing.peak_bytes(same_work[0], how.device)
+    row = replace(row, peak_bytes=timing.peak_bytes(same_work[0], how.device))
     for execution, take in EXECUTIONS[how.device.type].items():
-        taken = take(same_work, naive, how.seconds)
-        now = environment.state(how.device)
-        yield replace(
-            row, state=TIMED, execution=execution, p20=taken.p20, p50=taken.p50, p80=taken.p80, ratio_p20=taken.ratio_p20,
-            ratio_p50=taken.ratio_p50, ratio_p80=taken.ratio_p80, share=row.floor / taken.p50 if row.floor else None, peak_bytes=peak,
-            clock=now.clock, power=now.power,
-        )  # fmt: skip
+        row = replace(row, execution=execution)
+        with failure_as_row(row, how) as failed:
+            taken = take(same_work, naive, how.seconds)
+            now = environment.state(how.device)
+            yield replace(
+                row, state=TIMED, p20=taken.p20, p50=taken.p50, p80=taken.p80, ratio_p20=taken.ratio_p20, ratio_p50=taken.ratio_p50,
+                ratio_p80=taken.ratio_p80, share=row.floor / taken.p50 if row.floor else None, clock=now.clock, power=now.power,
+            )  # fmt: skip
+        yield from failed
 
 
 def calls(built: Built, problem: Problem) -> list[timing.Call]:

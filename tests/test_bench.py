@@ -90,6 +90,16 @@ def test_a_provider_that_breaks_has_the_error_as_its_reason(monkeypatch):
     assert ours.state == rows.TIMED
 
 
+def test_a_way_of_timing_that_breaks_loses_no_other(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no graph of this")
+
+    monkeypatch.setitem(layers.EXECUTIONS, "cpu", layers.EXECUTIONS["cpu"] | {"graph": broken})
+    pairs, graph = layers.measure_layer(a_case(mode="forward"), ["visattn"], HOW)
+    assert (pairs.execution, pairs.state) == ("pairs", rows.TIMED)
+    assert (graph.execution, graph.state, graph.reason) == ("graph", rows.CANNOT_RUN, "RuntimeError: no graph of this")
+
+
 def test_matrices_that_do_not_fit_are_not_tried(monkeypatch):
     monkeypatch.setattr(layers, "SCORES_HELD", {"forward": 1e15, "training": 1e15})
     naive, ours = layers.measure_layer(a_case(mode="forward"), ["naive", "visattn"], HOW)
