@@ -101,7 +101,7 @@ def layer_launches(
     device: Device,
     dtype: torch.dtype,
     channels: int,
-    tokens: int = 65536,  # fewer, and `token_moments` takes one step a program: its loop would vanish
+    tokens: int = 1024,
     *,
     qk_channels: int | None = None,
     highest: bool = True,
@@ -156,7 +156,7 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
     attributes: dict[tuple[int, ...], list] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        kind, aligned = _specialise(value, parameter.is_constexpr)
+        kind, aligned = _specialise(value, parameter.is_constexpr, parameter.do_not_specialize)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
@@ -169,16 +169,16 @@ def compile_launch(launch: Launch, device: Device) -> Compiled:
     return _read_nvidia(launch.name, compiled, device)
 
 
-def _specialise(value: Any, is_constexpr: bool) -> tuple[str, bool]:
-    """The type of an argument, and whether it counts as divisible by 16, by the rules of Triton's own launcher."""
-    if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+def _specialise(value: Any, is_constexpr: bool, plain: bool) -> tuple[str, bool]:
+    """The type of an argument, and whether it counts as divisible by 16, by the rules of Triton's own launcher; never if `plain`."""
+    if is_constexpr or value is None or (isinstance(value, int) and value == 1 and not plain):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
         return names[value.dtype], True
     if isinstance(value, float):
         return "fp32", False
-    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0 and not plain
 
 
 def _read_nvidia(name: str, compiled: Any, device: Device) -> Compiled:

@@ -12,7 +12,7 @@ from .primitives import load_tile, tile_offsets
 NUM_PROGRAMS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "tiles_per_split"])  # or small batches would compile a kernel of their own
 def token_moments_kernel(
     left_ptr, stride_an, stride_ac, stride_al,
     right_ptr, stride_bn, stride_bc, stride_bl,

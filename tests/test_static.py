@@ -19,21 +19,6 @@ from bench.static_tables import markdown, passes, passes_table, rows_table
 from bench.throughput import MACHINES, Residency, floor_cycles, machine, pipe_cycles, predict, residency
 from bench.tile import Tile, tile_of, work_of_tile
 
-# Default configurations that spill today, to be struck out as they are mended: (target, dtype, kernel, channels, channels of queries).
-# The loops of token_moments show up with more tiles than programs only, which the matrix of test_ahead_of_time.py does not have.
-SPILLING = {
-    ("sm_80", "bf16", "token_moments", 256, 256),
-    ("sm_80", "fp16", "token_moments", 256, 256),
-    ("sm_80", "fp32-highest", "token_moments", 128, 128),
-    ("sm_80", "fp32-highest", "token_moments", 128, 16),
-    ("sm_80", "fp32-highest", "token_moments", 256, 256),
-    ("sm_80", "fp32-highest", "token_moments", 256, 32),
-    ("sm_80", "fp32-highest", "qkv_projection", 128, 16),
-    ("sm_80", "fp32-highest", "projected_key_value_gradient", 128, 16),
-    ("sm_90", "fp32-highest", "token_moments", 256, 256),
-    ("sm_90", "fp32-highest", "token_moments", 256, 32),
-}
-
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "static"
 
 
@@ -303,8 +288,7 @@ def test_backward_pays_for_seven_products_and_is_judged_by_five():
 def test_filed_rows(target):
     """What `python -m bench static` found of the default configurations; at 64 channels in bf16 an SM holds at least two CTAs."""
     rows = json.loads((RESULTS / f"{target}.json").read_text(encoding="utf-8"))["rows"]
-    spilling = {(r["target"], r["dtype"], r["kernel"], r["channels"], r["qk_channels"]) for r in rows if r["spills"]}
-    assert spilling <= SPILLING
+    assert not [(r["dtype"], r["kernel"], r["channels"], r["qk_channels"]) for r in rows if r["spills"]]
     (forward,) = (r for r in rows if r["kernel"] == "attention_forward" and r["dtype"] == "bf16" and r["channels"] == 64)
     assert forward["programs"] >= 2
     for r in rows:
