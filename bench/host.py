@@ -21,50 +21,23 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from triton.runtime.jit import JITFunction
 
-from visattn import Attention, autograd, device, dispatch, files, functional, kernels, report, triton_backend, use_backend, validation
+from visattn import device, files, report
 
-MODES = ("forward", "forward, graph kept", "forward + backward")
+from .host_parts import CASES, COLDER, MODES, Case, Step, parts_of, stubbed_launches, with_graph
+
 TARGETS = {"forward": 20.0, "forward + backward": 60.0}
 """Microseconds a call."""
 
-WHOLE, COLDER, UNEXPLAINED = "whole", "colder caches", "not explained"
-FUNCTION, ENGINE = "autograd.Function", "PyTorch's engine, node and saved tensors"
+WHOLE, UNEXPLAINED = "whole", "not explained"
 ROUNDS = 200
 BATCH = 200.0
 """Microseconds that a batch of calls takes: a small part of a scheduler's time slice."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and a map. Queries and keys have `qk_channels`: as many as the map folds them, many fewer project them."""
-
-    shape: tuple[int, int, int, int]
-    qk_channels: int
-    channels_last: bool
-
-    @property
-    def name(self) -> str:
-        form = "folded" if self.qk_channels == self.shape[1] else f"{self.qk_channels} query channels"
-        return f"{'×'.join(map(str, self.shape))}, {'channels_last' if self.channels_last else 'NCHW'}, {form}"
-
-
-CASES = [
-    Case(shape, qk_channels, channels_last)
-    for shape in ((2, 32, 8, 8), (2, 64, 16, 16), (64, 128, 8, 8))
-    for qk_channels in (shape[1], shape[1] // 8)
-    for channels_last in (False, True)
-]
 
 
 @dataclass(frozen=True)
@@ -139,242 +112,9 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-# The step that is measured.
-
-
-class Step:
-    """One call of the layer in one mode: with γ and all biases where queries are narrow, else the `Attention` module."""
-
-    def __init__(self, case: Case, mode: str) -> None:
-        channels = case.shape[1]
-        generator = torch.Generator().manual_seed(0)
-        memory_format = torch.channels_last if case.channels_last else torch.contiguous_format
-        self.training = mode != "forward"
-        self.mode = mode
-        x, d_out = (torch.randn(case.shape, generator=generator).contiguous(memory_format=memory_format) for _ in range(2))
-        self.x, self.d_out = x.requires_grad_(self.training), d_out
-        self.layer: nn.Module = Attention(channels) if case.qk_channels == channels else _Narrow(channels, case.qk_channels)
-        self.inputs = [self.x, *self.layer.parameters()]
-
-    def __call__(self) -> object:
-        out = self.layer(self.x)
-        return torch.autograd.grad(out, self.inputs, self.d_out) if self.mode == "forward + backward" else out
-
-
-class _Narrow(nn.Module):
-    """The SAGAN block's form: queries and keys narrower than the map."""
-
-    def __init__(self, channels: int, qk_channels: int) -> None:
-        super().__init__()
-        self.conv_query, self.conv_key = (nn.Conv2d(channels, qk_channels, 1) for _ in range(2))
-        self.conv_value = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.self_attention_2d(x, *parameters_of(self))
-
-
-def parameters_of(layer: nn.Module) -> tuple[Tensor, ...]:
-    """The three weights and the three biases, looked up in the way of `Attention`."""
-    return Attention._parameters_in_order(layer)  # type: ignore[arg-type, return-value]
-
-
-@contextmanager
-def stubbed_launches(run: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
-    """Within the block tensors on the CPU take the kernels' path on a Hopper GPU, as far as to `run` in place of each launch."""
-    with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(device, "triton_is_interpreting", _always),
-        mock.patch.object(triton_backend, "kernel_target", _hopper),
-        use_backend("auto"),
-    ):
-        yield
-
-
-def _always() -> bool:
-    return True
-
-
-def _hopper(place: torch.device) -> kernels.Target:
-    """What `device.kernel_target` answers on such a GPU, at the same price."""
-    return _hopper_target(place.index, device.float32_precision_is_highest())
-
-
-@functools.cache
-def _hopper_target(index: int | None, highest: bool) -> kernels.Target:
-    return kernels.Target("hopper", "bf16x6" if highest else "tf32")
-
-
-# Its parts.
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call that a step has made: what it belongs to, within a call of which part it was made, and how to make it again."""
-
-    part: str
-    parent: str | None
-    replay: Callable[[], object]
-
-
-RECORDED: list[tuple[Any, str, str]] = [
-    (validation, "check_self_attention_2d", "validation"),
-    (dispatch, "select_backend", "dispatch"),
-    (triton_backend, "kernel_target", "launch configuration"),
-    (kernels, "projects_keys", "launch configuration"),
-    (kernels, "forward_config", "launch configuration"),
-    (kernels, "backward_configs", "launch configuration"),
-    (kernels, "projected_configs", "launch configuration"),
-    (triton_backend, "empty_map_like", "allocation"),
-    (torch, "zeros_like", "allocation"),
-    (kernels, "attention_forward", "arguments of launches"),
-    (kernels, "attention_backward", "arguments of launches"),
-    (kernels, "projected_attention_forward", "arguments of launches"),
-    (kernels, "projected_attention_backward", "arguments of launches"),
-    (kernels, "qkv_projection", "arguments of launches"),
-    (kernels, "token_moments", "arguments of launches"),
-    (autograd, "weight_gradients", "gradients of weights, beside their operations"),
-]
-"""Module, function, and the part that its own lines count as."""
-
-
-class Recorder(TorchFunctionMode):
-    """Lists the calls of `RECORDED`, the launches and, while it is entered as a mode, PyTorch's operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Call] = []
-        self._open: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self._note(_kind_of(function), functools.partial(function, *args, **(kwargs or {})))
-        return result
-
-    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self._note("launches, stubbed", lambda: kernel[grid](*args, **kwargs))
-
-    def recorded(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._note(part, functools.partial(function, *args, **kwargs))
-            self._open.append(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._open.pop()
-
-        return call
-
-    def with_operations(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self:
-                return function(*args, **kwargs)
-
-        return call
-
-    def _note(self, part: str, replay: Callable[[], object]) -> None:
-        self.calls.append(Call(part, self._open[-1] if self._open else None, replay))
-
-
-def _kind_of(function: Any) -> str:
-    name = function.__name__
-    if name in ("empty", "empty_like", "new_empty", "zeros_like"):
-        return "allocation"
-    return "views" if name in ("__get__", "flatten", "reshape", "contiguous") else "operations of the gradients of weights"
-
-
-def record(step: Step) -> list[Call]:
-    """The calls of one step, in their order, whose parts are not PyTorch's autograd."""
-    recorder = Recorder()
-    with ExitStack() as patches, torch.set_grad_enabled(step.training):
-        patches.enter_context(stubbed_launches(lambda *args, **kwargs: recorder.launch(*args, **kwargs)))
-        for module, name, part in RECORDED:
-            patches.enter_context(mock.patch.object(module, name, recorder.recorded(getattr(module, name), part)))
-        for name in ("compute_forward", "compute_backward"):
-            patches.enter_context(mock.patch.object(autograd, name, recorder.with_operations(getattr(autograd, name))))
-        step()
-    return recorder.calls
-
-
-class _EmptyNode(torch.autograd.Function):
-    """What is left of the layer's node without the layer: the same inputs, saved tensors and gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, _settings = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, tensors[0], tensors[0])
-        return torch.empty_like(tensors[0])
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple:
-        return (*ctx.saved_tensors[:-2], None)
-
-
-# Timing.
-
-Timed = list[tuple[int, Callable[[], object]]]
-"""What to time for a part, each with the sign that its time has in it."""
-
-
-def parts_of(step: Step) -> tuple[dict[str, Timed], dict[str, int]]:
-    """For each part what to time, and how many calls of it a step makes; `COLDER` is all of them in a row, once more."""
-    identity = nn.Identity()
-    timed: dict[str, Timed] = {
-        "module call": [(1, lambda: identity(step.x))],
-        "parameters": [(1, lambda: parameters_of(step.layer))],
-        "autocast": [(1, lambda: torch.is_autocast_enabled(step.x.device.type))],
-    }
-    if step.mode == "forward + backward":
-        timed["autocast"].append((1, lambda: autograd.without_autocast(step.x).__enter__()))
-    in_a_row = [call for calls in timed.values() for _, call in calls]
-    counts = {part: len(calls) for part, calls in timed.items()}
-
-    groups: dict[tuple[str, str | None], list[Callable[[], object]]] = {}
-    for call in record(step):
-        groups.setdefault((call.part, call.parent), []).append(call.replay)
-        counts[call.part] = counts.get(call.part, 0) + (call.part != call.parent)
-    for (part, parent), replays in groups.items():
-        together = functools.partial(_replay, replays)
-        if parent is None:
-            in_a_row.append(together)
-        if part != parent:
-            timed.setdefault(part, []).append((1, together))
-            if parent is not None:
-                timed.setdefault(parent, []).append((-1, together))
-
-    not_of_the_row: Timed = []
-    if step.training:
-        allocation = functools.partial(torch.empty_like, step.x)
-        forward = functools.partial(_EmptyNode.apply, *step.inputs, None)
-        timed[FUNCTION] = [(1, _with_graph(forward)), (-1, _with_graph(allocation))]
-        not_of_the_row, last = [(-1, _with_graph(allocation))], _with_graph(forward)
-        if step.mode == "forward + backward":
-            last = _with_graph(lambda: torch.autograd.grad(forward(), step.inputs, step.d_out))
-            timed[ENGINE] = [(1, last), (-1, _with_graph(forward))]
-        in_a_row.append(last)
-        counts |= {part: 1 for part in (FUNCTION, ENGINE) if part in timed}
-    timed[COLDER] = [(1, functools.partial(_replay, in_a_row)), *not_of_the_row]
-    return timed, counts | {COLDER: 1}
-
-
-def _replay(calls: list[Callable[[], object]]) -> None:
-    for call in calls:
-        call()
-
-
-def _with_graph(call: Callable[[], object]) -> Callable[[], None]:
-    def with_graph() -> None:
-        torch.set_grad_enabled(True)
-        call()
-        torch.set_grad_enabled(False)
-
-    return with_graph
-
-
 def _measure_one(case: Case, mode: str, rounds: int) -> list[Row]:
     step = Step(case, mode)
-    whole = _with_graph(step) if step.training else step
+    whole = with_graph(step) if step.training else step
     with torch.no_grad():
         timed, counts = parts_of(step)
         timed[WHOLE] = [(1, whole)]

@@ -20,7 +20,7 @@ if INTERPRETING:
 
 from triton.runtime.jit import JITFunction
 
-from bench import host
+from bench import host, host_parts
 from visattn import autograd, device, kernels
 
 launch_config = kernels.launch_config
@@ -37,27 +37,27 @@ NARROW_BACKWARD = [
 MOMENTS = ["token_moments_kernel"]
 
 
-def is_folded(case: host.Case) -> bool:
+def is_folded(case: host_parts.Case) -> bool:
     return case.qk_channels == case.shape[1]
 
 
-def expected_launches(case: host.Case, mode: str) -> list[str]:
+def expected_launches(case: host_parts.Case, mode: str) -> list[str]:
     forward = FORWARD if is_folded(case) else NARROW_FORWARD
     backward = BACKWARD + 2 * MOMENTS if is_folded(case) else NARROW_BACKWARD + 3 * MOMENTS
     return forward + (backward if mode == "forward + backward" else [])
 
 
-def run_step(case: host.Case, mode: str) -> list[str]:
+def run_step(case: host_parts.Case, mode: str) -> list[str]:
     """The kernels that one step starts."""
     started = []
-    step = host.Step(case, mode)
-    with torch.set_grad_enabled(step.training), host.stubbed_launches(lambda kernel, *_, **__: started.append(kernel.__name__)):
+    step = host_parts.Step(case, mode)
+    with torch.set_grad_enabled(step.training), host_parts.stubbed_launches(lambda kernel, *_, **__: started.append(kernel.__name__)):
         step()
     return started
 
 
-small = pytest.mark.parametrize("case", [c for c in host.CASES if c.shape == (2, 32, 8, 8)], ids=lambda case: case.name)
-modes = pytest.mark.parametrize("mode", host.MODES)
+small = pytest.mark.parametrize("case", [c for c in host_parts.CASES if c.shape == (2, 32, 8, 8)], ids=lambda case: case.name)
+modes = pytest.mark.parametrize("mode", host_parts.MODES)
 
 
 @modes
@@ -66,16 +66,16 @@ def test_every_launch_is_caught(case, mode):
     assert run_step(case, mode) == expected_launches(case, mode)
 
 
-@pytest.mark.parametrize("case", host.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", host_parts.CASES, ids=lambda case: case.name)
 def test_every_case_runs_on_the_kernels(case):
     assert run_step(case, "forward") == expected_launches(case, "forward")
 
 
 def test_the_stub_leaves_nothing_behind():
     before = JITFunction.run, device.triton_is_interpreting, autograd.compute_forward
-    with host.stubbed_launches():
+    with host_parts.stubbed_launches():
         assert before[0] is not JITFunction.run
-    host.record(host.Step(host.CASES[0], "forward"))
+    host_parts.record(host_parts.Step(host_parts.CASES[0], "forward"))
     assert (JITFunction.run, device.triton_is_interpreting, autograd.compute_forward) == before
     assert not device.triton_is_interpreting()
 
@@ -83,7 +83,7 @@ def test_the_stub_leaves_nothing_behind():
 @modes
 @small
 def test_every_part_is_found(case, mode):
-    _, counts = host.parts_of(host.Step(case, mode))
+    _, counts = host_parts.parts_of(host_parts.Step(case, mode))
     launches = expected_launches(case, mode)
     assert counts["launches, stubbed"] == len(launches)
     assert counts["validation"] == counts["dispatch"] == counts["module call"] == counts["parameters"] == 1
@@ -91,18 +91,18 @@ def test_every_part_is_found(case, mode):
     allocations = {"forward": 1, "forward, graph kept": 3}
     if mode in allocations:
         assert counts["allocation"] == allocations[mode] + (0 if is_folded(case) else 2)
-    assert (host.FUNCTION in counts) == (mode != "forward")
-    assert (host.ENGINE in counts) == ("gradients of weights, beside their operations" in counts) == (mode == "forward + backward")
+    assert (host_parts.FUNCTION in counts) == (mode != "forward")
+    assert (host_parts.ENGINE in counts) == ("gradients of weights, beside their operations" in counts) == (mode == "forward + backward")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[host.Row]:
-    return host.measure(host.CASES[:1], rounds=2)
+    return host.measure(host_parts.CASES[:1], rounds=2)
 
 
 def test_parts_make_up_the_whole(rows):
-    for mode in host.MODES:
-        figures = {row.part: row for row in rows if (row.case, row.mode) == (host.CASES[0].name, mode)}
+    for mode in host_parts.MODES:
+        figures = {row.part: row for row in rows if (row.case, row.mode) == (host_parts.CASES[0].name, mode)}
         whole = figures.pop(host.WHOLE)
         for percentile in ("p20", "p50", "p80"):
             total = sum(getattr(row, percentile) for row in figures.values())
@@ -151,7 +151,7 @@ class TestShortPath:
 
     def test_first_derivatives_have_no_graph_of_their_own(self, monkeypatch):
         monkeypatch.setattr(autograd.SelfAttentionBackward, "apply", lambda *_: pytest.fail("a node nobody asked for"))
-        run_step(host.CASES[0], "forward + backward")
+        run_step(host_parts.CASES[0], "forward + backward")
 
     def test_configurations_are_looked_up_and_pure(self):
         targets = {kernels.Target(*key) for key in itertools.product(("hopper", "blackwell", "ampere"), ("tf32", "bf16x6"))}
@@ -163,9 +163,9 @@ class TestShortPath:
                 assert found == look_up.__wrapped__(channels, dtype, target)
 
     def test_launches_do_not_change_the_options_they_share(self):
-        config = launch_config.forward_config(32, torch.float32, host._hopper(torch.device("cpu")))
+        config = launch_config.forward_config(32, torch.float32, host_parts._hopper(torch.device("cpu")))
         before = dict(config.options)
-        run_step(host.CASES[0], "forward + backward")
+        run_step(host_parts.CASES[0], "forward + backward")
         assert config.options is config.options
         assert config.options == before
         assert dataclasses.replace(config).options == before
