@@ -5,6 +5,7 @@ No GPU is needed: Triton carries the assembler and the disassembler.
 """
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from visattn import kernels
 
 KIB = 1024
+MATRIX_INSTRUCTION_OF_PTX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,30 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became on one device. Sizes are bytes; spills are bytes of local memory, or spilled registers on AMD."""
+    """What one kernel became on one device. Sizes are bytes; spills are bytes of local memory, or spilled registers on AMD.
+
+    has_matrix_instructions: told from the text that the assembler was given, which is quicker than reading back what it made.
+    """
 
     name: str
     registers: int
     spills: int
     shared_memory: int
-    matrix_instructions: int
-    assembly: str
+    has_matrix_instructions: bool
+    device: Device
+    binary: bytes
+
+    @functools.cached_property
+    def assembly(self) -> str:
+        """The disassembly, or on AMD the assembly."""
+        if self.device.target.backend == "hip":
+            return self.binary.decode()
+        return _run_tool("cuobjdump", "--dump-sass", self.binary)
+
+    @property
+    def matrix_instructions(self) -> int:
+        """Their number in the assembly."""
+        return len(re.findall(self.device.matrix_instruction, self.assembly))
 
 
 @contextlib.contextmanager
@@ -182,19 +200,16 @@ def _specialise(value: Any, is_constexpr: bool, plain: bool) -> tuple[str, bool]
 
 
 def _read_nvidia(name: str, compiled: Any, device: Device) -> Compiled:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run_tool("cuobjdump", "--dump-resource-usage", str(cubin))
-        assembly = _run_tool("cuobjdump", "--dump-sass", str(cubin))
+    usage = _run_tool("cuobjdump", "--dump-resource-usage", compiled.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(
         name=name,
         registers=resources["REG"],
         spills=resources["LOCAL"] + resources["STACK"],
         shared_memory=compiled.metadata.shared,
-        matrix_instructions=len(re.findall(device.matrix_instruction, assembly)),
-        assembly=assembly,
+        has_matrix_instructions=bool(MATRIX_INSTRUCTION_OF_PTX.search(compiled.asm["ptx"])),
+        device=device,
+        binary=compiled.asm["cubin"],
     )
 
 
@@ -211,11 +226,16 @@ def _read_amd(name: str, compiled: Any, device: Device) -> Compiled:
         registers=field("vgpr_count"),
         spills=field("vgpr_spill_count") + field("sgpr_spill_count"),
         shared_memory=compiled.metadata.shared,
-        matrix_instructions=len(re.findall(device.matrix_instruction, assembly)),
-        assembly=assembly,
+        has_matrix_instructions=bool(re.search(device.matrix_instruction, assembly)),
+        device=device,
+        binary=assembly.encode(),
     )
 
 
-def _run_tool(name: str, *arguments: str) -> str:
+def _run_tool(name: str, argument: str, binary: bytes) -> str:
+    """What one of the tools that come with Triton prints about a binary."""
     tool = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(binary)
+        return subprocess.run([tool, argument, str(file)], check=True, capture_output=True, text=True).stdout

@@ -58,7 +58,7 @@ def check(
             problems.append(f"{launch.name} spills {compiled.spills} ({compiled.registers} registers)")
         if compiled.shared_memory > device.shared_memory:
             problems.append(f"{launch.name} takes {compiled.shared_memory} bytes of shared memory, {name} has {device.shared_memory}")
-        if not compiled.matrix_instructions:
+        if not compiled.has_matrix_instructions:
             problems.append(f"{launch.name} has no matrix instruction")
     assert not problems, "\n".join(problems)
 
