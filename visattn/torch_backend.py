@@ -201,6 +201,8 @@ def moments(d_q: Tensor, d_k: Tensor | None, tokens: Tensor, g: Tensor, y: Tenso
     wide = torch.promote_types(tokens.dtype, torch.float32)
 
     def products(a: Tensor, b: Tensor) -> Tensor:
+        if len(a) * a.shape[1] * b.shape[1] <= torch_attention.SCORES_AT_ONCE:  # no more memory than the scores
+            return torch.bmm(a, b.mT).sum(0, dtype=wide)
         return torch.tensordot(a, b, ([0, 2], [0, 2])).to(wide)
 
     # Gradients of keys sum to zero but for rounding, which is kept from meeting the mean of the map.
