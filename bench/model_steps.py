@@ -45,7 +45,7 @@ def measure_model(case: ModelCase, how: How) -> Iterator[Row]:
                 if kind == "naive":
                     naive_errors, naive_call = errors, _call(copy.deepcopy(model), case, images, labels)
                 row = replace(row, backend=", ".join(sorted(set(noted))) or "PyTorch", errors=errors)
-                wrong = problems.complaints(errors, naive_errors if kind in SAME_FUNCTION else {}, case.precision)
+                wrong = problems.complaints(errors, naive_errors, case.precision)  # the layers around are the same for every kind
                 if wrong and kind != "naive":
                     yield replace(row, state=WRONG, reason="; ".join(wrong))
                 else:
