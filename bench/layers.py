@@ -50,22 +50,22 @@ def measure_layer(case: Case, names: list[str], how: How) -> Iterator[Row]:
     """The rows of each provider, one an execution, as soon as they are there. naive always runs, to compare with."""
     with float32_precision(case.tf32):
         problem = problems.make_problem(case, how.device, num_inputs=1 if how.device.type == "cpu" else 3)
-        truth = problems.truth_of(problem)
-        naive = _naive(problem, truth)
+        truths = problems.truths_of(problem)
+        naive = _naive(problem, truths)
         for name in names:
-            yield from _provider_rows(name, problem, truth, naive, how)
+            yield from _provider_rows(name, problem, truths, naive, how)
 
 
-def _naive(problem: Problem, truth: Truth) -> Naive:
+def _naive(problem: Problem, truths: list[Truth]) -> Naive:
     try:
         _check_memory("naive", problem)
         built = PROVIDERS["naive"](problem, no_choice)
-        return Naive(calls(built, problem)[0], problems.errors(built.forward, built.parameters, problem, truth))
+        return Naive(calls(built, problem)[0], problems.errors(built.forward, built.parameters, problem, truths))
     except (CannotRun, torch.OutOfMemoryError):
         return Naive(None, {})
 
 
-def _provider_rows(name: str, problem: Problem, truth: Truth, naive: Naive, how: How) -> Iterator[Row]:
+def _provider_rows(name: str, problem: Problem, truths: list[Truth], naive: Naive, how: How) -> Iterator[Row]:
     case = problem.case
     row = Row(
         case.suite, str(case), name, how.executions[0], case.form, list(case.shape), case.dtype, case.tf32, case.mode,
@@ -77,7 +77,7 @@ def _provider_rows(name: str, problem: Problem, truth: Truth, naive: Naive, how:
         _check_memory(name, problem)
         built = PROVIDERS[name](problem, lambda built: _trial(built, problem, how))
         with built.context(), noted_backends() as noted:
-            errors = problems.errors(built.forward, built.parameters, problem, truth)
+            errors = problems.errors(built.forward, built.parameters, problem, truths)
         row = replace(row, backend=built.backend(noted), errors=errors)
         wrong = problems.complaints(errors, naive.errors, case.precision)
         if wrong:

@@ -1,5 +1,6 @@
 """The numbers of a case, what is right for them, and how far a result may be from it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ RMS_FLOORS = {"float32": 1e-6, "tf32": 1e-3, "float16": 2e-3, "bfloat16": 1e-2}
 """Relative RMS errors that are right in any case; beyond, a result may be twice as far off as naive attention."""
 
 QUERIES_AT_ONCE = 1024
+PAIRS_JUDGED = {"forward": 1, "training": 3}
 
 
 class Weights(NamedTuple):
@@ -41,7 +43,7 @@ class Problem:
 
 
 class Truth(NamedTuple):
-    """What a layer has to give on the first and the last map of a problem: everything in float64, the branch without the residual."""
+    """What a layer has to give on two maps of a problem: everything in float64, the branch without the residual."""
 
     maps: list[int]
     d_out: Tensor  # zero but for those maps
@@ -66,10 +68,18 @@ def make_problem(case: Case, device: torch.device, num_inputs: int = 1, seed: in
     return Problem(case, inputs, normal(*case.shape), weights)
 
 
-def truth_of(problem: Problem) -> Truth:
+def truths_of(problem: Problem) -> list[Truth]:
+    """The truth on the first and the last map, and in training on the next pairs inwards, by themselves.
+
+    The gradient of a bias of a few channels is a few numbers, whose errors are chance; those of several are not.
+    """
+    pairs = [sorted({map_, problem.case.batch - 1 - map_}) for map_ in range((problem.case.batch + 1) // 2)]
+    return [_truth_of(problem, maps) for maps in pairs[: PAIRS_JUDGED[problem.case.mode]]]
+
+
+def _truth_of(problem: Problem, maps: list[int]) -> Truth:
     """The formula in float64, a block of queries at a time, so that the largest maps can be judged too."""
     case, x = problem.case, problem.inputs[0]
-    maps = sorted({0, case.batch - 1})
     d_out = torch.zeros_like(problem.d_out)
     d_out[maps] = problem.d_out[maps]
 
@@ -94,18 +104,26 @@ def truth_of(problem: Problem) -> Truth:
     return Truth(maps, d_out, tensors)
 
 
-def errors(forward: Callable[[Tensor], Tensor], parameters: list[torch.nn.Parameter], problem: Problem, truth: Truth) -> dict[str, float]:
-    """The relative RMS error of everything that `truth` holds: of the branch, and in training of each gradient."""
+def errors(
+    forward: Callable[[Tensor], Tensor], parameters: list[torch.nn.Parameter], problem: Problem, truths: list[Truth]
+) -> dict[str, float]:
+    """The relative RMS error of everything that `truths` hold, over all of them: of the branch, and in training of each gradient."""
+    squares = [_squares(_found(forward, parameters, problem, truth), truth) for truth in truths]
+    return {name: math.sqrt(sum(s[name][0] for s in squares) / sum(s[name][1] for s in squares)) for name in squares[0]}
+
+
+def _found(forward: Callable[[Tensor], Tensor], parameters: list[torch.nn.Parameter], problem: Problem, truth: Truth) -> dict[str, Tensor]:
+    """What a layer gives, under the names of `truth.tensors`."""
     x = problem.inputs[0]
     if problem.case.mode == "forward":
         with torch.no_grad():
-            return _errors({"branch": _branch(forward(x), x, truth)}, truth)
+            return {"branch": _branch(forward(x), x, truth)}
     x = x.detach().requires_grad_()
     out = forward(x)
     d_x, *gradients = torch.autograd.grad(out, [x, *parameters], truth.d_out)
     names = ("w_q", "b_q", "w_k", "b_k", "w_v", "b_v", "gamma")
     found = {"branch": _branch(out.detach(), x.detach(), truth), "x": _branch(d_x, truth.d_out, truth)}
-    return _errors(found | dict(zip(names, gradients, strict=False)), truth)
+    return found | dict(zip(names, gradients, strict=False))
 
 
 def complaints(found: dict[str, float], naive: dict[str, float], precision: str) -> list[str]:
@@ -118,12 +136,18 @@ def _branch(out: Tensor, residual: Tensor, truth: Truth) -> Tensor:
     return (out[truth.maps].double() - residual[truth.maps].double()).flatten(2)
 
 
-def _errors(found: dict[str, Tensor], truth: Truth) -> dict[str, float]:
+def _squares(found: dict[str, Tensor], truth: Truth) -> dict[str, tuple[float, float]]:
+    """Of each tensor the squared norms of the error and of what it is measured against."""
     result = {}
     for name, expected in truth.tensors.items():
         size = expected.norm()
         if name == "gamma":
             # One number, a sum of C² products that cancel: its error is measured against their size.
             size = max(size, truth.tensors["w_v"].norm())
-        result[name] = float((found[name].double().view_as(expected) - expected).norm() / size)
+        if name.startswith("b_"):
+            # One column of a weight more, for a channel of ones; where its terms happen to cancel it is measured against a usual column.
+            weight = truth.tensors["w" + name[1:]]
+            size = max(size, weight.norm() / weight.shape[1] ** 0.5)
+        error = (found[name].double().view_as(expected) - expected).norm()
+        result[name] = float(error**2), float(size**2)
     return result

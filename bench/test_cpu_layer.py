@@ -21,9 +21,9 @@ CASES = list(layer_cases("cifar", "cpu", "full"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ratio_to_naive(benchmark: Any, case: Case) -> None:
     problem = problems.make_problem(case, torch.device("cpu"))
-    truth = problems.truth_of(problem)
+    truths = problems.truths_of(problem)
     built = {name: PROVIDERS[name](problem, layers.no_choice) for name in ("naive", "visattn")}
-    errors = {name: problems.errors(b.forward, b.parameters, problem, truth) for name, b in built.items()}
+    errors = {name: problems.errors(b.forward, b.parameters, problem, truths) for name, b in built.items()}
     assert not problems.complaints(errors["visattn"], errors["naive"], case.precision)
     (naive,), (ours,) = (layers.calls(b, problem) for b in built.values())
     naive_seconds = []

@@ -24,18 +24,19 @@ def a_case(form="attention", mode="training", **changes):
 def test_what_is_right_is_the_reference_in_float64(form, monkeypatch):
     monkeypatch.setattr(problems, "QUERIES_AT_ONCE", 7)
     problem = problems.make_problem(a_case(form), CPU)
-    truth = problems.truth_of(problem)
-    assert truth.maps == [0, 2]
-    x, *weights = (t.double().requires_grad_() for t in (problem.inputs[0], *problem.weights.given()))
-    w_q, b_q, w_k, b_k, w_v, b_v, *gamma = weights
-    out = reference.self_attention_2d(
-        x, w_q, w_k, w_v, b_q, b_k, b_v, gamma=gamma[0] if gamma else None, scale=problem.case.scale, residual=False
-    )
-    gradients = torch.autograd.grad(out, [x, w_q, b_q, w_v, b_v, *gamma], truth.d_out.double())
-    expected = dict(zip(("x", "w_q", "b_q", "w_v", "b_v", "gamma"), gradients, strict=False))
-    expected |= {"x": expected["x"][truth.maps], "branch": out[truth.maps]}
-    for name, tensor in expected.items():
-        torch.testing.assert_close(truth.tensors[name], tensor.detach().view_as(truth.tensors[name]), rtol=1e-9, atol=1e-12)
+    truths = problems.truths_of(problem)
+    assert [truth.maps for truth in truths] == [[0, 2], [1]]
+    for truth in truths:
+        x, *weights = (t.double().requires_grad_() for t in (problem.inputs[0], *problem.weights.given()))
+        w_q, b_q, w_k, b_k, w_v, b_v, *gamma = weights
+        out = reference.self_attention_2d(
+            x, w_q, w_k, w_v, b_q, b_k, b_v, gamma=gamma[0] if gamma else None, scale=problem.case.scale, residual=False
+        )
+        gradients = torch.autograd.grad(out, [x, w_q, b_q, w_v, b_v, *gamma], truth.d_out.double())
+        expected = dict(zip(("x", "w_q", "b_q", "w_v", "b_v", "gamma"), gradients, strict=False))
+        expected |= {"x": expected["x"][truth.maps], "branch": out[truth.maps]}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(truth.tensors[name], tensor.detach().view_as(truth.tensors[name]), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["attention", "sagan"])
