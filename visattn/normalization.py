@@ -19,8 +19,15 @@ class GroupNorm(NamedTuple):
 
 
 def normalized(x: Tensor, norm: GroupNorm | None) -> Tensor:
-    """The map (N, C, H, W) that is projected, in x's dtype; its statistics are summed in fp32 or wider."""
+    """The map (N, C, H, W) that is projected, in x's dtype; its statistics are summed in fp32 or wider.
+
+    PyTorch normalises as `a x + b` with both factors in fp32 or wider. Where that is x's own precision, a common mean would leave
+    rounding errors of its own size; it is taken off before, as a constant, since normalisation does not depend on it.
+    """
     if norm is None:
         return x
     weight, bias = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        groups = x.detach().unflatten(1, (norm.num_groups, -1))
+        x = (x.unflatten(1, (norm.num_groups, -1)) - groups.mean((2, 3, 4), keepdim=True)).flatten(1, 2)
     return torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
