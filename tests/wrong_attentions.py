@@ -170,3 +170,87 @@ BACKWARD_FAULTS = [
     "value bias missing in gamma's gradient", "gradient for the key's bias", "gamma missing in the value bias's gradient",
     "last map left out of the weights' gradient",
 ]  # fmt: skip
+
+
+def general_attention(
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor,
+    b_k: Tensor,
+    b_v: Tensor,
+    *,
+    w_o: Tensor,
+    b_o: Tensor,
+    gamma: Tensor,
+    scale: float,
+    num_heads: int,
+    norm: Any,
+    pool: int,
+    res_scale: float,
+    fault: str = "",
+) -> Tensor:
+    """The block with everything that it can have, and at most one fault."""
+
+    def project(t: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return torch.einsum("oc,nchw->nohw", w, t) + (0 if b is None else b[:, None, None])
+
+    groups = {"statistics of each channel": x.shape[1], "statistics of the whole map": 1}.get(fault, norm.num_groups)
+    weight, bias, eps = norm.weight, norm.bias, 0.1 if fault == "another eps" else norm.eps
+    if fault == "weight of the normalisation ignored":
+        weight = None
+    if fault == "bias of the normalisation ignored":
+        bias = None
+    h = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
+    if fault == "statistics of the batch":
+        h = torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    pooled = torch.nn.functional.avg_pool2d if fault == "means of windows" else torch.nn.functional.max_pool2d
+    ceil = {"ceil_mode": True} if fault == "windows over the edge" else {}
+    before = pooled(h, pool) if fault == "pooled before the projection" else h
+    q, k, v = project(h, w_q, b_q), project(before, w_k, b_k), project(before, w_v, b_v)
+    if fault == "keys not normalised":
+        k = project(x, w_k, b_k)
+    if fault == "values not normalised":
+        v = project(x, w_v, b_v)
+    if fault != "pooled before the projection":
+        k, v = pooled(k, pool, **ceil), pooled(v, pool, **ceil)
+    if fault == "keys pooled, values strided":
+        v = project(h, w_v, b_v)[:, :, : k.shape[2] * pool : pool, : k.shape[3] * pool : pool]
+    if fault == "queries of the first head for every head":
+        q = q[:, : q.shape[1] // num_heads].repeat(1, num_heads, 1, 1)
+
+    def split(t: Tensor) -> Tensor:
+        """(N, heads, tokens, D)"""
+        if fault == "heads interleaved":
+            return t.flatten(2).unflatten(1, (-1, num_heads)).permute(0, 2, 3, 1)
+        return t.flatten(2).unflatten(1, (num_heads, -1)).mT
+
+    factor = {"scale of all heads together": scale * num_heads**-0.5, "scale ignored": (q.shape[1] // num_heads) ** -0.5}.get(fault, scale)
+    logits = factor * (split(q) @ split(k).mT)
+    if fault == "logits summed over the heads":
+        logits = logits.sum(1, keepdim=True)
+    y = torch.softmax(logits, -1) @ split(v)  # (N, heads, tokens, D)
+    y = y.permute(0, 2, 3, 1) if fault == "output interleaved" else y.permute(0, 2, 1, 3)
+    y = y.flatten(2).mT.unflatten(2, x.shape[2:])
+    branch = project(y, w_o, None if fault in ("bias of the output ignored", "bias of the output without gamma") else b_o)
+    branch = gamma * branch
+    if fault == "bias of the output without gamma":
+        branch = branch + b_o[:, None, None]
+    if fault == "result scaled in the branch only":
+        return x + res_scale * branch
+    if fault == "result scaled in the input only":
+        return res_scale * x + branch
+    added = h if fault == "normalised map added" else x
+    return (1 if fault == "result not scaled" else res_scale) * (added + branch)
+
+
+GENERAL_FAULTS = [
+    "", "statistics of each channel", "statistics of the whole map", "statistics of the batch", "another eps",
+    "weight of the normalisation ignored", "bias of the normalisation ignored", "keys not normalised", "values not normalised",
+    "normalised map added", "means of windows", "windows over the edge", "pooled before the projection", "keys pooled, values strided",
+    "queries of the first head for every head", "heads interleaved", "output interleaved", "logits summed over the heads",
+    "scale of all heads together", "scale ignored", "bias of the output ignored", "bias of the output without gamma",
+    "result scaled in the branch only", "result scaled in the input only", "result not scaled",
+]  # fmt: skip
+"""Of the general block; the first is none, which the gates must accept."""

@@ -2,7 +2,7 @@
 
 from . import functional, reference
 from .dispatch import use_backend
-from .modules import Attention, ChannelAttention, attention_rows, explain
+from .modules import Attention, ChannelAttention, SelfAttention2d, attention_rows, explain
 
 __version__ = "0.1.0"
-__all__ = ["Attention", "ChannelAttention", "attention_rows", "explain", "functional", "reference", "use_backend"]
+__all__ = ["Attention", "ChannelAttention", "SelfAttention2d", "attention_rows", "explain", "functional", "reference", "use_backend"]

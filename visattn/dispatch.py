@@ -17,8 +17,9 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_KERNEL = {
     "queries": "softmax over the queries has no kernel: its rows do not sum to one, so a query's output is not finished in one pass",
     "channels": "attention over the channels has no kernel: it runs in PyTorch through the Gram matrix of the channels",
+    "projected": "several heads and pooled keys have no kernel: it would need queries, keys and values that are not the map itself",
 }
-"""Why not, for each thing to normalise over besides the keys."""
+"""Why not, for each kind of attention but that over the map itself, normalised over the keys ("keys")."""
 
 logger = logging.getLogger("visattn")
 
@@ -67,9 +68,9 @@ def requested_backend(backend: str | None) -> str:
     return in_environment
 
 
-def unsupported_reasons(x: Tensor, qk_channels: int, normalize: str = "keys") -> list[str]:
+def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys") -> list[str]:
     """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can."""
-    reasons = [WITHOUT_KERNEL[normalize]] if normalize in WITHOUT_KERNEL else []
+    reasons = [WITHOUT_KERNEL[kind]] if kind in WITHOUT_KERNEL else []
     interpreting = device.triton_is_interpreting()
     if not device.TRITON_IS_INSTALLED:
         reasons.append("the package triton is not installed")
@@ -89,7 +90,7 @@ def unsupported_reasons(x: Tensor, qk_channels: int, normalize: str = "keys") ->
     return reasons
 
 
-def select_backend(x: Tensor, qk_channels: int, backend: str | None, normalize: str = "keys") -> str:
+def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str = "keys") -> str:
     """ "triton" or "torch".
 
     Raises:
@@ -98,7 +99,7 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, normalize: 
     requested = requested_backend(backend)
     if requested == "torch":
         return "torch"
-    reasons = unsupported_reasons(x, qk_channels, normalize)
+    reasons = unsupported_reasons(x, qk_channels, kind)
     if not reasons:
         return "triton"
     if requested == "triton":
@@ -108,18 +109,21 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, normalize: 
     return "torch"
 
 
-def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, normalize: str = "keys") -> str:
-    """Which backend a call with x would run on, in which form, and why not on the other, in sentences."""
+def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, kind: str = "keys", in_pytorch: str = "") -> str:
+    """Which backend a call with x would run on, in which form, and why not on the other, in sentences.
+
+    in_pytorch: a sentence on the form that it takes on the PyTorch path.
+    """
     requested = requested_backend(backend)
-    reasons = unsupported_reasons(x, qk_channels, normalize)
+    reasons = unsupported_reasons(x, qk_channels, kind)
     problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"
     if requested == "triton" and reasons:
         return f"{problem}: would raise, backend 'triton' was asked for and cannot run: {'; '.join(reasons)}."
     if requested == "torch":
         possible = "could run as well" if not reasons else f"could not run: {'; '.join(reasons)}"
-        return f"{problem}: runs on the PyTorch path, because backend 'torch' was asked for; the Triton kernels {possible}."
+        return f"{problem}: runs on the PyTorch path, because backend 'torch' was asked for; the Triton kernels {possible}.{in_pytorch}"
     if reasons:
-        return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}."
+        return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}.{in_pytorch}"
     interpreter = ", in the interpreter" if device.triton_is_interpreting() else ""
     return f"{problem}: runs on the Triton kernels{interpreter}, {_form(x.shape[1], qk_channels)}."
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import autograd, channel, dispatch, query_normalized, validation
+from . import autograd, block, channel, dispatch, query_normalized, token_attention, validation
 from .folding import Weights
+from .normalization import GroupNorm, normalized
 
 
 def self_attention_2d(
@@ -16,28 +17,45 @@ def self_attention_2d(
     b_k: Tensor | None = None,
     b_v: Tensor | None = None,
     *,
+    w_o: Tensor | None = None,
+    b_o: Tensor | None = None,
     gamma: Tensor | None = None,
     scale: float | None = None,
+    num_heads: int = 1,
+    norm: GroupNorm | None = None,
+    pool: int = 1,
     residual: bool = True,
+    res_scale: float = 1.0,
     normalize: str = "keys",
     backend: str | None = None,
 ) -> Tensor:
-    """`x + γ · softmax(scale · q kᵀ) v` over the H·W pixels of a feature map, q, k, v being 1×1 convolutions of x.
+    """`res_scale · (x + γ (W_o softmax(scale · q kᵀ) v + b_o))` over the H·W pixels of a feature map.
 
-    Source of the formula: `X + softmax(X W_Q (X W_K)ᵀ / √C) X W_V` (Vaswani et al. 2017, on feature maps Zhang et al. 2018).
+    With h = norm(x), `q = W_q h + b_q`, `k = pool(W_k h + b_k)` and `v = pool(W_v h + b_v)`. By default h is x, nothing is pooled,
+    there is one head and no output projection: `x + softmax(q kᵀ / √E) v`.
+
+    Source of the formula: `X + softmax(X W_Q (X W_K)ᵀ / √C) X W_V` (Vaswani et al. 2017, on feature maps Zhang et al. 2018);
+    γ as there, pooled keys and values as in non-local networks (Wang et al. 2018), norm as in diffusion models (Ho et al. 2020).
     Memory is linear in H·W, forward, backward and for second derivatives.
 
     Args:
         x: the map (N, C, H, W), any strides; float16, bfloat16, float32 or float64. N may be 0.
-        w_q, w_k: (D, C) or (D, C, 1, 1), for any D of at least 1.
-        w_v: (C, C) or (C, C, 1, 1).
-        b_q, b_k, b_v: (D), (D), (C) or None. b_k never changes the result: softmax drops it. With `normalize="queries"` it is b_q
+        w_q, w_k: (E, C) or (E, C, 1, 1), for any E of at least 1.
+        w_v: (V, C) or (V, C, 1, 1); V is C without w_o.
+        b_q, b_k, b_v: (E), (E), (V) or None. b_k never changes the result: softmax drops it. With `normalize="queries"` it is b_q
             that never does.
+        w_o: the output projection (C, V) or (C, V, 1, 1), or None; b_o: its bias (C) or None.
         gamma: one element that multiplies the branch, or None.
-        scale: factor of the logits; None means 1/√D.
+        scale: factor of the logits; None means 1/√(E / num_heads).
+        num_heads: attentions side by side, each on E / num_heads and V / num_heads channels that lie next to each other.
+        norm: what x goes through before it is projected; x itself is what is added.
+        pool: side of the windows, side by side, whose maxima serve as keys and values; 1 pools nothing. Rows and columns of
+            pixels that fill no window are left out, as by `torch.nn.MaxPool2d(pool)`.
         residual: whether x is added.
+        res_scale: factor of the whole result.
         normalize: "keys", the formula: the weights of each query sum to one over the keys. "queries": the weights of each key sum
-            to one over the queries, as in one of the published answers to the assignment; there is no kernel for it.
+            to one over the queries, as in one of the published answers to the assignment; there is no kernel for it, and it goes
+            with one head and without norm, pool and w_o only.
         backend: "auto", "triton" or "torch"; None asks `use_backend`, then VISATTN_BACKEND, then means "auto".
 
     Returns:
@@ -48,6 +66,9 @@ def self_attention_2d(
         TypeError, ValueError: the arguments do not fit together; nothing has been computed.
         RuntimeError: an explicitly named backend cannot run; the message holds every reason.
     """
+    if w_o is not None or b_o is not None or num_heads != 1 or norm is not None or pool != 1 or res_scale != 1.0:
+        weights = block.Weights(w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma)
+        return _block(x, weights, scale, num_heads, norm, pool, residual, res_scale, normalize, backend)
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
     if torch.is_autocast_enabled(x.device.type):
         return _under_autocast(x, (w_q, w_k, w_v, b_q, b_k, b_v), gamma, scale, residual, normalize, backend)
@@ -90,6 +111,58 @@ def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: We
     if needs_graph:
         return autograd.differentiable(x, b_k, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
+
+
+def _block(
+    x: Tensor,
+    weights: block.Weights,
+    scale: float | None,
+    num_heads: int,
+    norm: GroupNorm | None,
+    pool: int,
+    residual: bool,
+    res_scale: float,
+    normalize: str,
+    backend: str | None,
+) -> Tensor:
+    """The block around the plain layer, or around attention on tokens."""
+    w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma = weights
+    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize, w_o is not None)
+    validation.check_block(x, w_q, w_v, w_o, b_o, num_heads, norm, pool, res_scale, normalize)
+    dtype = _compute_dtype(x)
+    with autograd.without_autocast(x):
+        h, weights = normalized(x, norm).to(dtype), weights.map(lambda w: w.to(dtype))
+        if _folds(h, weights, num_heads, pool, normalize, backend):
+            w_q, w_k, _, b_q, b_k, _, _, _, gamma = weights
+            w_v, b_v = block.folded_values(weights, dtype)
+            added_inside = residual and norm is None and dtype == x.dtype and res_scale == 1.0
+            out = self_attention_2d(
+                h, w_q, w_k, w_v, b_q, b_k, b_v,
+                gamma=gamma, scale=scale, residual=added_inside, normalize=normalize, backend=backend,
+            )  # fmt: skip
+            residual = residual and not added_inside
+        else:
+            q, k, v = block.queries_keys_values(h, weights, num_heads, pool)
+            y = _attend(q, k, v, weights.b_k, q.shape[1] ** -0.5 if scale is None else float(scale))
+            out = block.branch_of(y, weights, num_heads, x.shape)
+        return block.joined(x, out, residual, res_scale)
+
+
+def _folds(h: Tensor, weights: block.Weights, num_heads: int, pool: int, normalize: str, backend: str | None) -> bool:
+    """Whether the block takes its folded form on the map h; asks for the backend, which has a say in it."""
+    qk_channels, value_channels = weights.w_q.shape[0], None if weights.w_o is None else weights.w_v.shape[0]
+    kind = "projected" if num_heads > 1 or pool > 1 else normalize
+    on_kernels = dispatch.select_backend(h, qk_channels, backend, kind) == "triton"
+    return on_kernels or block.form_of(h, qk_channels, value_channels, num_heads, pool).name == "folded"
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float) -> Tensor:
+    """Attention on tokens, eagerly or as an op where a compiler is looking."""
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.token_attention(q, k, v, b_k, scale)[0]
+    return token_attention.TokenAttention.apply(q, k, v, b_k, scale)[0]
 
 
 def channel_attention(
@@ -144,21 +217,25 @@ def attention_rows(
     b_k: Tensor | None = None,
     *,
     scale: float | None = None,
+    num_heads: int = 1,
+    norm: GroupNorm | None = None,
+    pool: int = 1,
     normalize: str = "keys",
 ) -> Tensor:
     """The attention maps of chosen pixels: row `softmax(scale · q_i kᵀ)` of the attention matrix for each of them.
 
     Args:
         x: the map (N, C, H, W).
-        w_q, w_k: (D, C) or (D, C, 1, 1); b_q, b_k: (D) or None. The bias that softmax drops does not change the rows: b_k, or
+        w_q, w_k: (E, C) or (E, C, 1, 1); b_q, b_k: (E) or None. The bias that softmax drops does not change the rows: b_k, or
             b_q with `normalize="queries"`.
-        pixels: integer (P, 2), pairs (row, column).
-        scale: factor of the logits; None means 1/√D.
-        normalize: as in `self_attention_2d`.
+        pixels: integer (P, 2), pairs (row, column) of x, whether or not keys are pooled.
+        scale: factor of the logits; None means 1/√(E / num_heads).
+        num_heads, norm, pool, normalize: as in `self_attention_2d`.
 
     Returns:
-        (N, P, H, W) in x's dtype; each map is non-negative. It sums to one over the keys that it shows, but not with
-        `normalize="queries"`, where every key's weight depends on what all the other queries make of that key. Memory is N·P·H·W.
+        (N, P, H, W) in x's dtype, or (N, P, H // pool, W // pool), a weight for each pooled key; of several heads, their mean. Each
+        map is non-negative. It sums to one over the keys that it shows, but not with `normalize="queries"`, where every key's
+        weight depends on what all the other queries make of that key. Memory is as much, times the number of heads.
 
     Raises:
         TypeError, ValueError: x or pixels are not as above.
@@ -167,11 +244,17 @@ def attention_rows(
     height, width = x.shape[2:]
     validation.check_pixels(pixels, height, width)
     validation.check_normalize(normalize)
-    factor = w_q.shape[0] ** -0.5 if scale is None else scale
+    validation.check_norm(x, norm)
+    validation.check_pool(x, pool)
+    validation.check_heads(num_heads, w_q.shape[0])
+    factor = (w_q.shape[0] // num_heads) ** -0.5 if scale is None else scale
+    x = normalized(x, norm)
     tokens = x.flatten(2)
     index = pixels[:, 0] * width + pixels[:, 1]
     if normalize == "queries":
         return query_normalized.rows(tokens, w_q.flatten(1), w_k.flatten(1), b_k, index, factor).unflatten(2, (height, width))
+    if num_heads > 1 or pool > 1:
+        return block.rows(x, w_q, w_k, b_q, index, factor, num_heads, pool)
     chosen = tokens[:, :, index]
     q = w_q.flatten(1) @ chosen
     if b_q is not None:

@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, functional, validation
+from . import block, dispatch, functional, validation
+from .normalization import GroupNorm
 
 
 class QueriesAndKeys(NamedTuple):
-    """What decides where a layer looks: the arguments of those names of `functional.attention_rows`, or `normalize="channels"`."""
+    """What decides where a layer looks: the arguments of those names of `functional.attention_rows`, or `normalize="channels"`.
+
+    `value_channels` is the number of rows of W_v where an output projection follows, which has a say in the form it runs in.
+    """
 
     w_q: Tensor
     w_k: Tensor
@@ -17,6 +21,10 @@ class QueriesAndKeys(NamedTuple):
     b_k: Tensor | None
     scale: float | None
     normalize: str
+    num_heads: int = 1
+    norm: GroupNorm | None = None
+    pool: int = 1
+    value_channels: int | None = None
 
 
 class AttentionLayer(nn.Module):
@@ -85,6 +93,95 @@ class Attention(_ThreeConvolutions):
         return f"{self.in_channels}" if self.normalize == "keys" else f"{self.in_channels}, normalize={self.normalize!r}"
 
 
+class SelfAttention2d(AttentionLayer):
+    """The attention block of image models: `res_scale · (x + γ (W_o Attention(norm(x)) + b_o))`, see `functional.self_attention_2d`.
+
+    Submodules, and with them keys of its state_dict: `norm` (a `torch.nn.GroupNorm`), `conv_query`, `conv_key`, `conv_value`,
+    `conv_out` (1×1 convolutions), and the parameter `gamma`; `norm`, `conv_out` and `gamma` where there is one.
+
+    Args:
+        in_channels: C of the maps (N, C, H, W) it takes and returns.
+        qk_channels: width of queries and keys, all heads together; None means C.
+        value_channels: width of the values, all heads together; None means C. Another one needs `out_proj`.
+        num_heads: how many attentions there are side by side; divides both widths.
+        scale: factor of the logits; None means 1/√(qk_channels / num_heads).
+        norm_groups: groups of the normalisation before the projections, None for no normalisation; norm_eps: its ε.
+        out_proj: whether a 1×1 convolution follows the attention.
+        gamma: where a learned factor of the branch starts; None for no such factor.
+        pool: side of the windows whose maxima serve as keys and values; 1 pools nothing.
+        bias: whether the convolutions have biases.
+        residual: whether x is added.
+        res_scale: factor of the whole result.
+        device, dtype: where and as what the parameters are made.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        qk_channels: int | None = None,
+        value_channels: int | None = None,
+        num_heads: int = 1,
+        scale: float | None = None,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-6,
+        out_proj: bool = False,
+        gamma: float | None = None,
+        pool: int = 1,
+        bias: bool = True,
+        residual: bool = True,
+        res_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        qk_channels = in_channels if qk_channels is None else qk_channels
+        value_channels = in_channels if value_channels is None else value_channels
+        validation.check_layer(
+            in_channels, qk_channels, value_channels, num_heads, scale, norm_groups, norm_eps, out_proj, gamma, pool, res_scale
+        )
+        self.num_heads, self.scale, self.pool = num_heads, scale, pool
+        self.residual, self.res_scale = residual, res_scale
+
+        def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(inputs, outputs, 1, bias=bias, device=device, dtype=dtype)
+
+        self.norm = None if norm_groups is None else nn.GroupNorm(norm_groups, in_channels, norm_eps, device=device, dtype=dtype)
+        self.conv_query, self.conv_key = convolution(in_channels, qk_channels), convolution(in_channels, qk_channels)
+        self.conv_value = convolution(in_channels, value_channels)
+        self.conv_out = convolution(value_channels, in_channels) if out_proj else None
+        self.gamma = None if gamma is None else nn.Parameter(torch.full((1,), float(gamma), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        query, key, value, out = self.conv_query, self.conv_key, self.conv_value, self.conv_out
+        return functional.self_attention_2d(
+            x, query.weight, key.weight, value.weight, query.bias, key.bias, value.bias,
+            w_o=None if out is None else out.weight, b_o=None if out is None else out.bias, gamma=self.gamma, scale=self.scale,
+            num_heads=self.num_heads, norm=self._group_norm(), pool=self.pool, residual=self.residual, res_scale=self.res_scale,
+        )  # fmt: skip
+
+    def queries_and_keys(self) -> QueriesAndKeys:
+        query, key = self.conv_query, self.conv_key
+        value_channels = None if self.conv_out is None else self.conv_value.out_channels
+        return QueriesAndKeys(
+            query.weight, key.weight, query.bias, key.bias, self.scale, "keys",
+            self.num_heads, self._group_norm(), self.pool, value_channels,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show, as far as it is not the default."""
+        shown = {"num_heads": 1, "scale": None, "pool": 1, "residual": True, "res_scale": 1.0}
+        different = {name: getattr(self, name) for name, default in shown.items() if getattr(self, name) != default}
+        return ", ".join(f"{name}={value}" for name, value in different.items())
+
+    def _group_norm(self) -> GroupNorm | None:
+        return None if self.norm is None else GroupNorm(self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
 class ChannelAttention(_ThreeConvolutions):
     """Attention between the channels of a feature map: `x + softmax(q kᵀ / √C) v` with q, k, v (N, C, H·W), the softmax over the last axis.
 
@@ -115,11 +212,18 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
     """
     asked = _asked_of(layer)
     validation.check_map(x)
-    return dispatch.explain_selection(x, asked.w_q.shape[0], normalize=asked.normalize)
+    qk_channels, in_pytorch = asked.w_q.shape[0], ""
+    kind = "projected" if asked.num_heads > 1 or asked.pool > 1 else asked.normalize
+    if isinstance(layer, SelfAttention2d):
+        form = block.form_of(x, qk_channels, asked.value_channels, asked.num_heads, asked.pool)
+        in_pytorch = f" In PyTorch the form is {form.name}: {form.reason}."
+    return dispatch.explain_selection(x, qk_channels, kind=kind, in_pytorch=in_pytorch)
 
 
 def attention_rows(layer: AttentionLayer, x: Tensor, pixels: Tensor) -> Tensor:
     """The attention maps of chosen pixels, (N, P, H, W), without the full matrix: see `functional.attention_rows`.
+
+    They are those of the normalised map; of several heads, their mean; over pooled keys, (N, P, H // pool, W // pool).
 
     Args:
         layer: the layer whose queries and keys are meant.
@@ -134,11 +238,12 @@ def attention_rows(layer: AttentionLayer, x: Tensor, pixels: Tensor) -> Tensor:
     if asked.normalize == "channels":
         raise TypeError(f"attention_rows needs a layer that attends to pixels; {type(layer).__name__} weighs channels, its matrix is C×C")
     return functional.attention_rows(
-        x, asked.w_q, asked.w_k, pixels, asked.b_q, asked.b_k, scale=asked.scale, normalize=asked.normalize
+        x, asked.w_q, asked.w_k, pixels, asked.b_q, asked.b_k,
+        scale=asked.scale, num_heads=asked.num_heads, norm=asked.norm, pool=asked.pool, normalize=asked.normalize,
     )  # fmt: skip
 
 
 def _asked_of(layer: AttentionLayer) -> QueriesAndKeys:
     if not isinstance(layer, AttentionLayer):
-        raise TypeError(f"layer must be a visattn layer, got {type(layer).__name__}; visattn.Attention and visattn.ChannelAttention are")
+        raise TypeError(f"layer must be a visattn layer, got {type(layer).__name__}; visattn.SelfAttention2d and visattn.Attention are")
     return layer.queries_and_keys()

@@ -27,7 +27,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     tokens, weights = widen(x.flatten(2)), weights.matrices()
     t, values = folded_queries(weights, scale, tokens), _values(weights, tokens)
     branch = _zeros(tokens)
-    for maps, keys, logits, p in chunks(tokens, buffers=2):
+    for maps, keys, logits, p in chunks(tokens, tokens, buffers=2):
         torch.softmax(torch.bmm(t[maps, :, keys].mT, tokens[maps], out=logits), -1, out=p)
         _add_product(branch[maps], values[maps, :, keys], p)
     out = empty_map_like(x)
@@ -56,7 +56,7 @@ def backward(
 
     d_tokens = _zeros(tokens)
     d_t, g_of_keys = torch.empty_like(tokens), torch.empty_like(tokens)
-    for maps, keys, p, d_s in chunks(tokens, buffers=2):
+    for maps, keys, p, d_s in chunks(tokens, tokens, buffers=2):
         queries, t_chunk = tokens[maps], t[maps, :, keys]
         torch.softmax(torch.bmm(t_chunk.mT, queries, out=d_s), -1, out=p)
         g_of_keys[maps, :, keys] = torch.bmm(g[maps], p.mT)
@@ -94,7 +94,7 @@ class LogSums(torch.autograd.Function):
     @staticmethod
     def forward(t: Tensor, x: Tensor) -> Tensor:
         log_sums = x.new_empty(len(x), x.shape[2])
-        for maps, keys, logits in chunks(x, buffers=1):
+        for maps, keys, logits in chunks(x, x, buffers=1):
             log_sums[maps, keys] = torch.logsumexp(torch.bmm(t[maps, :, keys].mT, x[maps], out=logits), -1)
         return log_sums
 
@@ -107,7 +107,7 @@ class LogSums(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor]:
         t, x = ctx.saved_tensors
         d_t, d_x = torch.empty_like(t), torch.zeros_like(x)
-        for maps, keys, logits, p in chunks(x, buffers=2):
+        for maps, keys, logits, p in chunks(x, x, buffers=2):
             torch.softmax(torch.bmm(t[maps, :, keys].mT, x[maps], out=logits), -1, out=p)
             p *= d[maps, keys, None]
             d_t[maps, :, keys] = torch.bmm(x[maps], p.mT)

@@ -1,7 +1,8 @@
 """`y_i = Σ_j softmax_j(q_i · k_j) v_j` on tokens in PyTorch, in memory linear in their number: by its CPU kernel, or in chunks.
 
-Queries and keys are (N, E, L), values (N, C, L), channels before tokens, in any strides. The kernel wants the channels of a token
-side by side in memory, as in a view of (N, L, C); other layouts are copied for it.
+Queries and keys are (N, E, L), values (N, C, L), channels before tokens, in any strides; where the map's own tokens are not the
+keys, there may be another number of keys than of queries. The kernel wants the channels of a token side by side in memory, as in a
+view of (N, L, C); other layouts are copied for it.
 """
 
 from collections.abc import Iterator
@@ -40,7 +41,7 @@ def flash_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
 
 
 def sdpa_takes(tokens: Tensor) -> bool:
-    """Whether SDPA has kernels for queries, keys and values of this shape and dtype on a GPU, and not only its full-matrix path."""
+    """Whether SDPA has kernels for queries, keys or values of this shape and dtype on a GPU, and not only its full-matrix path."""
     channels = tokens.shape[1]
     return tokens.device.type != "cpu" and tokens.dtype != torch.float64 and channels % 8 == 0 and channels <= 256
 
@@ -51,10 +52,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0].mT
 
 
+def sdpa_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(d_q, d_k, d_v)` by the derivative of `scaled_dot_product_attention`, which computes y once more for it."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        d_q, d_k, d_v = torch.autograd.grad(sdpa(*leaves), leaves, d_y)
+    return d_q, d_k, d_v
+
+
 def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """y by matrix products, with at most SCORES_AT_ONCE scores in memory."""
-    y = torch.empty_like(v)
-    for maps, rows, logits, p in chunks(v, buffers=2):
+    y = torch.empty_like(v) if q.shape[2] == v.shape[2] else v.new_empty(*v.shape[:2], q.shape[2])
+    for maps, rows, logits, p in chunks(q, v, buffers=2):
         torch.softmax(torch.bmm(q[maps, :, rows].mT, k[maps], out=logits), -1, out=p)
         y[maps, :, rows] = torch.bmm(v[maps], p.mT)
     return y
@@ -67,7 +76,7 @@ def chunked_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, centered_keys
     that must not meet the mean.
     """
     d_q = torch.empty_like(q)
-    for maps, rows, p, d_s in chunks(v, buffers=2):
+    for maps, rows, p, d_s in chunks(q, v, buffers=2):
         q_chunk, d_y_chunk = q[maps, :, rows], d_y[maps, :, rows]
         torch.softmax(torch.bmm(q_chunk.mT, k[maps], out=d_s), -1, out=p)
         d_p = torch.bmm(d_y_chunk.mT, v[maps], out=d_s)
@@ -81,17 +90,27 @@ def chunked_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, centered_keys
     return d_q
 
 
-def chunks(tokens: Tensor, buffers: int) -> Iterator[tuple]:
-    """Walks all query rows of all maps: `(slice of maps, slice of rows, *buffers)`, the buffers (maps, rows, L) reused throughout."""
-    num_maps, _, length = tokens.shape
-    maps_at_once = max(1, min(num_maps, SCORES_AT_ONCE // length**2))
-    rows_at_once = max(1, min(length, SCORES_AT_ONCE // (maps_at_once * length)))
-    whole = [tokens.new_empty(maps_at_once, rows_at_once, length) for _ in range(buffers)]
+def chunks(queries: Tensor, keys: Tensor, buffers: int) -> Iterator[tuple]:
+    """Walks all query rows of all maps: `(slice of maps, slice of rows, *buffers)`, the buffers (maps, rows, keys) reused throughout."""
+    maps_at_once, rows_at_once = chunk_size(queries, keys, SCORES_AT_ONCE)
+    whole = [queries.new_empty(maps_at_once, rows_at_once, keys.shape[2]) for _ in range(buffers)]
+    for maps, rows in slices(queries, maps_at_once, rows_at_once):
+        yield maps, rows, *(b[: maps.stop - maps.start, : rows.stop - rows.start] for b in whole)
+
+
+def chunk_size(queries: Tensor, keys: Tensor, scores_at_once: int) -> tuple[int, int]:
+    """How many maps, and how many rows of each, make at most so many scores; one row at least."""
+    (num_maps, _, length), num_keys = queries.shape, keys.shape[2]
+    maps_at_once = max(1, min(num_maps, scores_at_once // (length * num_keys)))
+    return maps_at_once, max(1, min(length, scores_at_once // (maps_at_once * num_keys)))
+
+
+def slices(queries: Tensor, maps_at_once: int, rows_at_once: int) -> Iterator[tuple[slice, slice]]:
+    """All rows of all maps (N, E, L): slices of maps and of rows."""
+    num_maps, _, length = queries.shape
     for map_ in range(0, num_maps, maps_at_once):
-        maps = slice(map_, min(map_ + maps_at_once, num_maps))
         for row in range(0, length, rows_at_once):
-            rows = slice(row, min(row + rows_at_once, length))
-            yield maps, rows, *(b[: maps.stop - maps.start, : rows.stop - rows.start] for b in whole)
+            yield slice(map_, min(map_ + maps_at_once, num_maps)), slice(row, min(row + rows_at_once, length))
 
 
 def _token_major(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .normalization import GroupNorm
+
 
 def check_backend(backend: str, known: Sequence[str], source: str) -> None:
     if backend not in known:
@@ -17,10 +19,36 @@ def check_normalize(normalize: str) -> None:
 
 
 def check_in_channels(in_channels: int) -> None:
-    if isinstance(in_channels, bool) or not isinstance(in_channels, int):
-        raise TypeError(f"in_channels must be an int, got {in_channels!r}")
-    if in_channels < 1:
-        raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+    _check_count("in_channels", in_channels)
+
+
+def check_layer(
+    in_channels: int,
+    qk_channels: int,
+    value_channels: int,
+    num_heads: int,
+    scale: float | None,
+    norm_groups: int | None,
+    norm_eps: float,
+    out_proj: bool,
+    gamma: float | None,
+    pool: int,
+    res_scale: float,
+) -> None:
+    """The contract of `SelfAttention2d`, before it makes parameters."""
+    counts = {"in_channels": in_channels, "qk_channels": qk_channels, "value_channels": value_channels, "pool": pool}
+    for name, count in counts.items():
+        _check_count(name, count)
+    check_heads(num_heads, qk_channels, value_channels)
+    if norm_groups is not None:
+        _check_groups("norm_groups", norm_groups, in_channels)
+    for name, number in (("scale", scale), ("norm_eps", norm_eps), ("gamma", gamma), ("res_scale", res_scale)):
+        if number is not None:
+            _check_number(name, number)
+    if not out_proj and value_channels != in_channels:
+        raise ValueError(
+            f"value_channels must equal in_channels ({in_channels}) without an output projection, got {value_channels}; pass out_proj=True"
+        )
 
 
 def check_map(x: Tensor) -> None:
@@ -50,8 +78,12 @@ def check_self_attention_2d(
     gamma: Tensor | None,
     scale: float | None,
     normalize: str,
+    has_output_projection: bool = False,
 ) -> None:
-    """The whole contract of `functional.self_attention_2d`, before anything is computed."""
+    """The contract of `functional.self_attention_2d` on its plain arguments, before anything is computed.
+
+    Values are as wide as the map, unless an output projection makes them so.
+    """
     check_map(x)
     check_normalize(normalize)
     channels, device, dtype = x.shape[1], x.device, x.dtype
@@ -65,14 +97,76 @@ def check_self_attention_2d(
             _check_like_x(name, tensor, x)
     qk_channels = _check_weight("w_q", w_q, None, channels)
     _check_weight("w_k", w_k, qk_channels, channels)
-    _check_weight("w_v", w_v, channels, channels)
-    for name, bias, size in (("b_q", b_q, qk_channels), ("b_k", b_k, qk_channels), ("b_v", b_v, channels)):
+    value_channels = _check_weight("w_v", w_v, None if has_output_projection else channels, channels)
+    for name, bias, size in (("b_q", b_q, qk_channels), ("b_k", b_k, qk_channels), ("b_v", b_v, value_channels)):
         if bias is not None and bias.shape != (size,):
             raise ValueError(f"{name} must have shape ({size},) to match its weight, got {tuple(bias.shape)}")
     if gamma is not None and gamma.numel() != 1:
         raise ValueError(f"gamma must have exactly one element, got shape {tuple(gamma.shape)}")
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None (1/√qk_channels), got {type(scale).__name__}; a tensor would need scale.item()")
+
+
+def check_block(
+    x: Tensor,
+    w_q: Tensor,
+    w_v: Tensor,
+    w_o: Tensor | None,
+    b_o: Tensor | None,
+    num_heads: int,
+    norm: GroupNorm | None,
+    pool: int,
+    res_scale: float,
+    normalize: str,
+) -> None:
+    """What else the contract of `functional.self_attention_2d` says, once `check_self_attention_2d` has passed."""
+    channels, qk_channels, value_channels = x.shape[1], w_q.shape[0], w_v.shape[0]
+    check_heads(num_heads, qk_channels, value_channels)
+    check_norm(x, norm)
+    check_pool(x, pool)
+    _check_number("res_scale", res_scale)
+    if w_o is None:
+        if b_o is not None:
+            raise ValueError("b_o is the bias of the output projection and must come with its weight, got w_o=None; pass w_o as well")
+    else:
+        _check_tensor("w_o", w_o, x)
+        _check_weight("w_o", w_o, channels, value_channels, "w_v's")
+        if b_o is not None:
+            _check_vector("b_o", b_o, x, channels)
+    if normalize == "queries" and (num_heads > 1 or norm is not None or pool > 1 or w_o is not None):
+        raise ValueError(
+            "normalize='queries' must come with one head and without norm, pool and w_o, "
+            f"got num_heads={num_heads}, norm={'None' if norm is None else 'GroupNorm'}, pool={pool}, "
+            f"w_o={'None' if w_o is None else tuple(w_o.shape)}; use normalize='keys'"
+        )
+
+
+def check_heads(num_heads: int, qk_channels: int, value_channels: int | None = None) -> None:
+    _check_count("num_heads", num_heads)
+    for name, width in (("query", qk_channels), ("value", value_channels)):
+        if width is not None and width % num_heads:
+            raise ValueError(f"num_heads must divide the {name} channels, got {num_heads} heads for {width}; all heads are as wide")
+
+
+def check_norm(x: Tensor, norm: GroupNorm | None) -> None:
+    """norm must be a GroupNorm of x's channels, or None."""
+    if norm is None:
+        return
+    if not isinstance(norm, GroupNorm):
+        raise TypeError(f"norm must be a visattn.functional.GroupNorm or None, got {type(norm).__name__}")
+    channels = x.shape[1]
+    _check_groups("norm.num_groups", norm.num_groups, channels)
+    _check_number("norm.eps", norm.eps)
+    for name, vector in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        if vector is not None:
+            _check_vector(name, vector, x, channels)
+
+
+def check_pool(x: Tensor, pool: int) -> None:
+    """pool must be the side of a window that fits into x at least once."""
+    _check_count("pool", pool)
+    if pool > min(x.shape[2:]):
+        raise ValueError(f"pool must leave at least one key, got {pool} for a map of {x.shape[2]}×{x.shape[3]}; use a smaller pool")
 
 
 def check_channel_attention(
@@ -109,13 +203,43 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with .to(), or use torch.autocast")
 
 
-def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int) -> int:
+def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    _check_like_x(name, tensor, x)
+
+
+def _check_vector(name: str, vector: Tensor, x: Tensor, size: int) -> None:
+    _check_tensor(name, vector, x)
+    if vector.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}")
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} must be an int, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _check_groups(name: str, groups: int, channels: int) -> None:
+    _check_count(name, groups)
+    if channels % groups:
+        raise ValueError(f"{name} must divide the {channels} channels of the map, got {groups}")
+
+
+def _check_number(name: str, number: float) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"{name} must be a float, got {type(number).__name__}")
+
+
+def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int, whose: str = "x's") -> int:
     """The number of rows, which is `rows` unless that is None."""
     shape = weight.shape
     if len(shape) != 2 and (len(shape) != 4 or shape[2] != 1 or shape[3] != 1):
         raise ValueError(f"{name} must have shape (out, in) or (out, in, 1, 1), got {tuple(shape)}")
     if shape[1] != columns:
-        raise ValueError(f"{name} must take x's {columns} channels, its shape {tuple(shape)} takes {shape[1]}")
+        raise ValueError(f"{name} must take {whose} {columns} channels, its shape {tuple(shape)} takes {shape[1]}")
     if rows is None:
         if shape[0] == 0:
             raise ValueError(f"{name} must have at least one row, got {tuple(shape)}")

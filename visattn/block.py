@@ -1,0 +1,134 @@
+"""What stands around attention in a block: the choice of its form, projections, heads, pooling, output projection, residual.
+
+The block is `res_scale · (x + γ (W_o Attention(q, k, v) + b_o))` with `q = W_q h + b_q`, `k = pool(W_k h + b_k)`,
+`v = pool(W_v h + b_v)` and h the normalised map. It takes one of two forms. "folded": one head attends to every pixel, so that
+neither keys nor values need exist, and `W_o W_v` and `W_o b_v + b_o` serve the plain layer as the weights of its values.
+"projected": queries, keys and values exist, and attention runs on them as tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, max_pool2d
+
+from .layout import memory_format_of
+
+
+class Weights(NamedTuple):
+    """w_q, w_k (E, C); w_v (V, C); b_q, b_k (E); b_v (V); w_o (C, V); b_o (C); gamma one element. Matrices may be (…, …, 1, 1)."""
+
+    w_q: Tensor
+    w_k: Tensor
+    w_v: Tensor
+    b_q: Tensor | None
+    b_k: Tensor | None
+    b_v: Tensor | None
+    w_o: Tensor | None
+    b_o: Tensor | None
+    gamma: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
+        """The function of each weight that exists."""
+        return Weights._make([None if w is None else function(w) for w in self])
+
+
+class Form(NamedTuple):
+    """name is "folded" or "projected"; reason says why, as a clause."""
+
+    name: str
+    reason: str
+
+
+def form_of(x: Tensor, qk_channels: int, value_channels: int | None, num_heads: int, pool: int) -> Form:
+    """The form on the PyTorch path for a map x (N, C, H, W): where both would do, the one that multiplies less.
+
+    value_channels is None without an output projection. On the kernels there is only the folded form, which reads the map once.
+    """
+    if num_heads > 1:
+        return Form("projected", f"each of the {num_heads} heads has queries, keys and values of its own")
+    if pool > 1:
+        return Form("projected", "there are fewer keys and values than pixels, the maxima of windows")
+    if value_channels is not None:
+        folded, projected = _multiplications(x, qk_channels, value_channels)
+        if projected < folded:
+            return Form("projected", f"a pixel takes {projected} multiplications, and {folded} if keys and values were the map itself")
+    return Form("folded", "keys and values are the map itself")
+
+
+def _multiplications(x: Tensor, qk_channels: int, value_channels: int) -> tuple[int, int]:
+    """A pixel, in the folded and in the projected form: with every pixel, then in projections.
+
+    Measured on a CPU over 64 to 512 channels, 8 to 256 of them attending, 64 to 1024 pixels: the form with fewer is the quicker.
+    """
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    thin = 4 * qk_channels <= channels  # as in torch_backend: wider queries are widened to the map's channels
+    folded = pixels * ((qk_channels if thin else channels) + channels) + channels * ((2 * qk_channels if thin else channels) + channels)
+    return folded, (pixels + 2 * channels) * (qk_channels + value_channels)
+
+
+def folded_values(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """`W_o W_v` (C, C) and `W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    w_v, b_v, w_o, b_o = (None if t is None else t.to(wide) for t in (weights.w_v, weights.b_v, weights.w_o, weights.b_o))
+    assert w_v is not None
+    if w_o is None:
+        return weights.w_v, weights.b_v
+    w_o = w_o.flatten(1)
+    if b_v is not None:
+        b_o = w_o @ b_v if b_o is None else torch.addmv(b_o, w_o, b_v)
+    return (w_o @ w_v.flatten(1)).to(dtype), None if b_o is None else b_o.to(dtype)
+
+
+def queries_keys_values(h: Tensor, weights: Weights, num_heads: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (N·heads, E/heads, L), k (N·heads, E/heads, K) and v (N·heads, V/heads, K) of the map h (N, C, H, W).
+
+    The keys are without b_k, which adds the same to all logits of a row, before and after pooling.
+    """
+    q = _projected(h, weights.w_q, weights.b_q)
+    k, v = _pooled(_projected(h, weights.w_k, None), pool), _pooled(_projected(h, weights.w_v, weights.b_v), pool)
+    return _split(q, num_heads), _split(k, num_heads), _split(v, num_heads)
+
+
+def branch_of(y: Tensor, weights: Weights, num_heads: int, shape: torch.Size) -> Tensor:
+    """`γ (W_o y + b_o)` as a map of `shape` (N, C, H, W), for y (N·heads, V/heads, L)."""
+    maps, _, height, width = shape
+    y = y.reshape(maps, y.shape[1] * num_heads, height, width)
+    gamma = None if weights.gamma is None else weights.gamma.reshape(())
+    if weights.w_o is None:
+        return y if gamma is None else gamma * y
+    w_o, b_o = weights.w_o, weights.b_o
+    if gamma is not None:
+        w_o, b_o = gamma * w_o, None if b_o is None else gamma * b_o
+    return _projected(y, w_o, b_o)
+
+
+def rows(h: Tensor, w_q: Tensor, w_k: Tensor, b_q: Tensor | None, index: Tensor, scale: float, num_heads: int, pool: int) -> Tensor:
+    """The weights (N, P, H // pool, W // pool) that the pixels `index` (P) of h (N, C, H, W) give to its keys, the mean over the heads."""
+    k = _pooled(_projected(h, w_k, None), pool)
+    q = _projected(h.flatten(2)[:, :, index, None], w_q, b_q)
+    logits = scale * (_split(q, num_heads).mT @ _split(k, num_heads))
+    return torch.softmax(logits, -1).unflatten(0, (-1, num_heads)).mean(1).unflatten(2, k.shape[2:])
+
+
+def joined(x: Tensor, branch: Tensor, residual: bool, res_scale: float) -> Tensor:
+    """`res_scale · (x + branch)`, or without x, in the wider dtype of both and the layout that is due to x."""
+    out = x + branch if residual else branch
+    if res_scale != 1.0:
+        out = res_scale * out
+    return out.contiguous(memory_format=memory_format_of(x))
+
+
+def _projected(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return conv2d(h, weight.reshape(*weight.shape[:2], 1, 1), bias)
+
+
+def _pooled(h: Tensor, pool: int) -> Tensor:
+    return h if pool == 1 else max_pool2d(h, pool)
+
+
+def _split(h: Tensor, num_heads: int) -> Tensor:
+    """(N, heads · D, H, W) as tokens of one head after the other (N·heads, D, H·W)."""
+    maps, channels = h.shape[:2]
+    return h.reshape(maps * num_heads, channels // num_heads, h.shape[2] * h.shape[3])
