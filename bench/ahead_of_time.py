@@ -152,14 +152,14 @@ def layer_launches(
             d_q, _ = kernels.projected_attention_backward(
                 q, k, x, d_out, w_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=projected
             )
-            kernels.token_moments(d_q, x, per_map=False, config=configs.token_moments)
+            kernels.token_moments(d_q, x, config=configs.token_moments)
             return launches
         kernels.attention_forward(
             x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
             scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
         )  # fmt: skip
         d_u = kernels.attention_backward(x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs)
-        kernels.token_moments(d_u, x, per_map=False, config=configs.token_moments)
+        kernels.token_moments(d_u, x, config=configs.token_moments)
     return launches
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import BackwardConfigs, block_channels, has_one_per_map, num_rows, num_tiles
+from .launch_config import BackwardConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
     LOG2E,
@@ -21,7 +21,6 @@ from .primitives import (
     gradient_of_y,
     load_tile,
     locate,
-    of_map,
     project_there_and_back,
     store_tile,
     tile_offsets,
@@ -36,23 +35,19 @@ def prepare_backward_kernel(
     y_ptr, u_ptr, d_y_ptr, stride_yn, stride_yc, stride_yl,
     delta_ptr,
     num_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes u (times log2(e), as in the forward pass), dy and Δ of BLOCK_M tokens of one map.
 
     x_ptr, d_out_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); gamma_ptr (1) or None;
-    y_ptr, u_ptr, d_y_ptr (N, C, L), one set of strides; delta_ptr (N, L) fp32. With PER_MAP every map has weights and biases of its own.
+    y_ptr, u_ptr, d_y_ptr (N, C, L), one set of strides; delta_ptr (N, L) fp32.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    w_q_ptr = of_map(w_q_ptr, n, D * C, PER_MAP)
-    b_q_ptr = of_map(b_q_ptr, n, D, PER_MAP)
-    w_k_ptr = of_map(w_k_ptr, n, D * C, PER_MAP)
-    w_v_ptr = of_map(w_v_ptr, n, C * C, PER_MAP)
 
     u = project_there_and_back(
         x_ptr + n * stride_xn, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
@@ -111,15 +106,15 @@ def query_gradient_kernel(
     lse_ptr, delta_ptr, w_q_ptr, w_k_ptr,
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes du of BLOCK_M tokens of one map, what reaches x through it and past it, and the mended Δ.
 
     x_ptr, d_out_ptr (N, C, L); y_ptr, u_ptr, d_y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2;
-    delta_ptr (N, L), read and written; w_q_ptr, w_k_ptr (D, C), with PER_MAP one for every map; d_x_ptr (N, C, L), or None where
-    only the weights want a gradient.
+    delta_ptr (N, L), read and written; w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L), or None where only the weights want a
+    gradient.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
@@ -156,8 +151,6 @@ def query_gradient_kernel(
     d_u_ptr += n * stride_yn
     store_tile(d_u_ptr, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
     if d_x_ptr is not None:
-        w_q_ptr = of_map(w_q_ptr, n, D * C, PER_MAP)
-        w_k_ptr = of_map(w_k_ptr, n, D * C, PER_MAP)
         tl.debug_barrier()  # every row of du is read back here, by other threads of this program
         d_x = tl.trans(project_there_and_back(
             d_u_ptr, stride_yc, stride_yl, offs_m, num_tokens, w_k_ptr, None, w_q_ptr, scale,
@@ -290,7 +283,7 @@ def attention_backward(
         y, u, d_y, *y.stride(),
         delta,
         num_tokens, scale,
-        C=num_channels, D=num_rows(w_q), PER_MAP=has_one_per_map(w_q),
+        C=num_channels, D=w_q.shape[0],
         BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
@@ -304,7 +297,7 @@ def attention_backward(
         lse, delta, w_q, w_k,
         d_x, *d_x_strides,
         num_tokens, scale,
-        C=num_channels, D=num_rows(w_q), RESIDUAL=residual, PER_MAP=has_one_per_map(w_q),
+        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

@@ -9,14 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, has_one_per_map, num_rows, num_tiles
+from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import (
     LOG2E,
     attend_tile,
     dot_over_channels,
     load_tile,
     locate,
-    of_map,
     project_there_and_back,
     store_output,
     store_tile,
@@ -53,7 +52,7 @@ def attention_forward_kernel(
     out_ptr, y_ptr, stride_on, stride_oc, stride_ol,
     lse_ptr,
     num_tokens, scale,
-    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +60,7 @@ def attention_forward_kernel(
 
     x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
     None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where it is not wanted; lse_ptr (N, L) fp32,
-    the base-2 log-sum-exp of the folded logits, or None. With PER_MAP every map has weights and biases of its own, one after another.
+    the base-2 log-sum-exp of the folded logits, or None.
 
     With BLOCK_K < BLOCK_C a tile of tokens is too wide to stay in registers. The folded queries, and after them y, then lie
     in this program's own rows of y_ptr, which must be given, and dots over channels take BLOCK_K of them at a time.
@@ -70,9 +69,6 @@ def attention_forward_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += n * stride_xn
-    w_q_ptr = of_map(w_q_ptr, n, D * C, PER_MAP)
-    b_q_ptr = of_map(b_q_ptr, n, D, PER_MAP)
-    w_k_ptr = of_map(w_k_ptr, n, D * C, PER_MAP)
 
     u = project_there_and_back(
         x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
@@ -115,8 +111,7 @@ def attention_forward_kernel(
         tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
 
     store_output(
-        y, y_ptr, stride_oc, stride_ol, of_map(w_v_ptr, n, C * C, PER_MAP), of_map(b_v_ptr, n, C, PER_MAP), gamma_ptr,
-        x_ptr, stride_xc, stride_xl,
+        y, y_ptr, stride_oc, stride_ol, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
         out_ptr, stride_oc, stride_ol, offs_c, offs_m, num_tokens, C, C, RESIDUAL, BLOCK_K, BLOCK_D, INPUT_PRECISION,
     )  # fmt: skip
 
@@ -139,8 +134,8 @@ def attention_forward(
 ) -> None:
     """Fills `out` (N, C, L), and `y` (N, C, L) and `lse` (N, L) where given, from `x` (N, C, L).
 
-    Weights are contiguous, of one kind: shared, or each map's own, (N, D, C). `out` and `y` share their strides; everything lies
-    on one device. `y` must be given where `config.steps_over_channels`.
+    Weights are contiguous, `out` and `y` share their strides; everything lies on one device. `y` must be given where
+    `config.steps_over_channels`.
     """
     num_maps, num_channels, num_tokens = x.shape
     grid = (num_maps * num_tiles(num_tokens, config.block_m),)
@@ -151,7 +146,7 @@ def attention_forward(
         out, y, *out.stride(),
         lse,
         num_tokens, scale,
-        C=num_channels, D=num_rows(w_q), RESIDUAL=residual, PER_MAP=has_one_per_map(w_q),
+        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

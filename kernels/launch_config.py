@@ -80,16 +80,6 @@ def block_channels(num_channels: int) -> int:
     return max(16, 1 << (num_channels - 1).bit_length())
 
 
-def has_one_per_map(weight: torch.Tensor) -> bool:
-    """Whether every map has a weight of its own, (N, D, C), or all share one, (D, C) or that of a convolution, (D, C, 1, 1)."""
-    return weight.dim() == 3
-
-
-def num_rows(weight: torch.Tensor) -> int:
-    """D."""
-    return weight.shape[1 if has_one_per_map(weight) else 0]
-
-
 def num_tiles(length: int, block: int) -> int:
     """Tiles of `block` that cover `length`. `triton.cdiv` is the same, and takes microseconds of every launch."""
     return -(-length // block)

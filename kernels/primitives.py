@@ -19,16 +19,6 @@ def locate(tiles_per_map):
 
 
 @triton.jit
-def of_map(ptr, n, size: tl.constexpr, PER_MAP: tl.constexpr):
-    """Where map n's weight or bias begins: with PER_MAP every map has one of `size` elements, else all share one. None stays None."""
-    if ptr is None:
-        return None
-    if PER_MAP:
-        return ptr + n * size
-    return ptr
-
-
-@triton.jit
 def tile_offsets(offs_c, offs_l, stride_c, stride_l):
     """Element offsets of a tile `(BLOCK_C, BLOCK_L)`, in int64: an index times a stride leaves int32 on large maps."""
     return offs_c.to(tl.int64)[:, None] * stride_c + offs_l.to(tl.int64)[None, :] * stride_l

@@ -12,14 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import ProjectedConfigs, block_channels, has_one_per_map, num_tiles
+from .launch_config import ProjectedConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
     dot_over_channels,
     gradient_of_y,
     load_tile,
     locate,
-    of_map,
     project_back,
     project_tile,
     store_tile,
@@ -35,21 +34,19 @@ def prepare_projected_backward_kernel(
     w_k_ptr, w_v_ptr, gamma_ptr,
     delta_ptr,
     num_queries,
-    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes dy, Δ and the mean of the keys, each query's own, of BLOCK_M query tokens of one map.
 
     d_out_ptr (N, C, L); y_ptr, d_y_ptr (N, C_V, L), one set of strides; mean_k_ptr (N, D, L); w_k_ptr (D, C_V); w_v_ptr (C, C_V);
-    gamma_ptr (1) or None; delta_ptr (N, L) fp32. With PER_MAP every map has weights of its own.
+    gamma_ptr (1) or None; delta_ptr (N, L) fp32.
     """
     n, tile = locate(tl.cdiv(num_queries, BLOCK_M))
     offs_cv = tl.arange(0, BLOCK_CV)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y_offsets = n * stride_yn + tile_offsets(offs_cv, offs_m, stride_yc, stride_yl)
-    w_k_ptr = of_map(w_k_ptr, n, D * C_V, PER_MAP)
-    w_v_ptr = of_map(w_v_ptr, n, C * C_V, PER_MAP)
     d_y = gradient_of_y(
         d_out_ptr + n * stride_gn, stride_gc, stride_gl, w_v_ptr, gamma_ptr, offs_cv, offs_m, num_queries, C, C_V, BLOCK_R, INPUT_PRECISION
     )
@@ -108,7 +105,7 @@ def projected_query_gradient_kernel(
     d_out_ptr, stride_gn, stride_gc, stride_gl,
     w_q_ptr, d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_queries, num_keys, scale,
-    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -161,7 +158,6 @@ def projected_query_gradient_kernel(
         tl.debug_barrier()  # every row of dq is read back here, by other threads of this program
         offs_c = tl.arange(0, BLOCK_C)
         d_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        w_q_ptr = of_map(w_q_ptr, n, D * C, PER_MAP)
         d_x = project_back(d_x, d_q_ptr, stride_qd, stride_ql, w_q_ptr, offs_c, offs_m, num_queries, C, D, BLOCK_R, INPUT_PRECISION)
         d_x = tl.trans(d_x * scale)
         if RESIDUAL:
@@ -224,7 +220,7 @@ def projected_key_value_gradient_kernel(
     lse_ptr, delta_ptr, w_k_ptr,
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_queries, num_keys,
-    C_V: tl.constexpr, D: tl.constexpr, PER_MAP: tl.constexpr,
+    C_V: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -273,7 +269,6 @@ def projected_key_value_gradient_kernel(
     d_k_ptr += n * stride_kn
     store_tile(d_k_ptr, k_offsets, tl.trans(d_k), offs_d, offs_n, D, num_keys)
     if d_x_ptr is not None:
-        w_k_ptr = of_map(w_k_ptr, n, D * C_V, PER_MAP)
         tl.debug_barrier()  # every row of dk is read back here, by other threads of this program
         d_x = tl.trans(
             project_back(d_v, d_k_ptr, stride_kd, stride_kl, w_k_ptr, offs_cv, offs_n, num_keys, C_V, D, BLOCK_R, INPUT_PRECISION)
@@ -321,7 +316,7 @@ def projected_attention_backward(
         w_k, w_v, gamma,
         delta,
         num_queries,
-        C=num_channels, C_V=value_channels, D=qk_channels, PER_MAP=has_one_per_map(w_v),
+        C=num_channels, C_V=value_channels, D=qk_channels,
         BLOCK_M=config.block_m, BLOCK_CV=block_cv, BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
@@ -336,7 +331,7 @@ def projected_attention_backward(
         d_out, *d_out.stride(),
         w_q, d_x, *d_x_strides,
         num_queries, num_keys, scale,
-        C=num_channels, C_V=value_channels, D=qk_channels, RESIDUAL=residual, PER_MAP=has_one_per_map(w_v),
+        C=num_channels, C_V=value_channels, D=qk_channels, RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_CV=block_cv, BLOCK_D=block_d,
         BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
@@ -351,7 +346,7 @@ def projected_attention_backward(
         lse, delta, w_k,
         d_x, *d_x_strides,
         num_queries, num_keys,
-        C_V=value_channels, D=qk_channels, PER_MAP=has_one_per_map(w_v),
+        C_V=value_channels, D=qk_channels,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_d,
         BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,

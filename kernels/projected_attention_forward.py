@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, has_one_per_map, num_tiles
-from .primitives import attend_tile, dot_over_channels, load_tile, locate, of_map, store_output, store_tile, tile_offsets
+from .launch_config import LaunchConfig, block_channels, num_tiles
+from .primitives import attend_tile, dot_over_channels, load_tile, locate, store_output, store_tile, tile_offsets
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def projected_attention_forward_kernel(
     y_ptr, stride_yn, stride_yc, stride_yl,
     lse_ptr,
     num_queries, num_keys,
-    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, C_V: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -54,7 +54,7 @@ def projected_attention_forward_kernel(
 
     q_ptr (N, D, L); k_ptr (N, D, Lk); v_ptr (N, C_V, Lk); x_ptr (N, C, L); w_v_ptr (C, C_V); b_v_ptr (C) or None; gamma_ptr (1)
     or None; out_ptr (N, C, L); y_ptr (N, C_V, L) or None where it is not wanted; lse_ptr (N, L) fp32, the base-2 log-sum-exp of
-    the logits, or None. L is num_queries, Lk num_keys. With PER_MAP every map has a w_v and b_v of its own.
+    the logits, or None. L is num_queries, Lk num_keys.
 
     With BLOCK_K < BLOCK_CV a tile of y is too wide to be multiplied whole: it is read back from y_ptr, which must be given.
     """
@@ -96,8 +96,7 @@ def projected_attention_forward_kernel(
     if lse_ptr is not None:
         tl.store(lse_ptr + n * num_queries + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_queries)
     store_output(
-        y, y_ptr, stride_yc, stride_yl, of_map(w_v_ptr, n, C * C_V, PER_MAP), of_map(b_v_ptr, n, C, PER_MAP), gamma_ptr,
-        x_ptr + n * stride_xn, stride_xc, stride_xl,
+        y, y_ptr, stride_yc, stride_yl, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr + n * stride_xn, stride_xc, stride_xl,
         out_ptr + n * stride_on, stride_oc, stride_ol, offs_cv, offs_m, num_queries,
         C, C_V, RESIDUAL, BLOCK_K, BLOCK_R, INPUT_PRECISION,
     )  # fmt: skip
@@ -136,7 +135,7 @@ def projected_attention_forward(
         y, *((0, 0, 0) if y is None else y.stride()),
         lse,
         num_queries, num_keys,
-        C=x.shape[1], C_V=value_channels, D=qk_channels, RESIDUAL=residual, PER_MAP=has_one_per_map(w_v),
+        C=x.shape[1], C_V=value_channels, D=qk_channels, RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_d,
         BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,

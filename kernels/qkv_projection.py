@@ -6,15 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, has_one_per_map, num_rows, num_tiles
-from .primitives import load_tile, locate, of_map, project_tile, tile_offsets
+from .launch_config import LaunchConfig, block_channels, num_tiles
+from .primitives import load_tile, locate, project_tile, tile_offsets
 
 
 class Projection(NamedTuple):
-    """`factor · (W x + b)`: weight (D, C), contiguous, bias (D) or None, factor a number or None.
-
-    Or every map has its own, (N, D, C) and (N, D); then so have the other projections of the call.
-    """
+    """`factor · (W x + b)`: weight (D, C), contiguous, bias (D) or None, factor a number or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -28,14 +25,14 @@ def qkv_projection_kernel(
     w_k_ptr, b_k_ptr, factor_k, k_ptr, stride_kn, stride_kc, stride_kl,
     w_v_ptr, b_v_ptr, factor_v, v_ptr, stride_vn, stride_vc, stride_vl,
     num_tokens,
-    C: tl.constexpr, D_Q: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr, PER_MAP: tl.constexpr,
+    C: tl.constexpr, D_Q: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program projects BLOCK_L tokens of one map, of which it reads its tile once.
 
     x_ptr (N, C, L); for each of q, k and v: weight (D, C), bias (D) or None, factor or None, and what is written (N, D, L),
-    or None where it is not wanted, and then D is 0. With PER_MAP every map has weights and biases of its own.
+    or None where it is not wanted, and then D is 0.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
     offs_c = tl.arange(0, BLOCK_C)
@@ -43,20 +40,17 @@ def qkv_projection_kernel(
     x = load_tile(x_ptr + n * stride_xn, tile_offsets(offs_c, offs_l, stride_xc, stride_xl), offs_c, offs_l, C, num_tokens, True)
     if q_ptr is not None:
         project_tile(
-            x, of_map(w_q_ptr, n, D_Q * C, PER_MAP), of_map(b_q_ptr, n, D_Q, PER_MAP), factor_q,
-            q_ptr + n * stride_qn, stride_qc, stride_ql, offs_c, offs_l, num_tokens,
+            x, w_q_ptr, b_q_ptr, factor_q, q_ptr + n * stride_qn, stride_qc, stride_ql, offs_c, offs_l, num_tokens,
             C, D_Q, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
     if k_ptr is not None:
         project_tile(
-            x, of_map(w_k_ptr, n, D_K * C, PER_MAP), of_map(b_k_ptr, n, D_K, PER_MAP), factor_k,
-            k_ptr + n * stride_kn, stride_kc, stride_kl, offs_c, offs_l, num_tokens,
+            x, w_k_ptr, b_k_ptr, factor_k, k_ptr + n * stride_kn, stride_kc, stride_kl, offs_c, offs_l, num_tokens,
             C, D_K, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
     if v_ptr is not None:
         project_tile(
-            x, of_map(w_v_ptr, n, D_V * C, PER_MAP), of_map(b_v_ptr, n, D_V, PER_MAP), factor_v,
-            v_ptr + n * stride_vn, stride_vc, stride_vl, offs_c, offs_l, num_tokens,
+            x, w_v_ptr, b_v_ptr, factor_v, v_ptr + n * stride_vn, stride_vc, stride_vl, offs_c, offs_l, num_tokens,
             C, D_V, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
 
@@ -71,8 +65,7 @@ def qkv_projection(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The three projections of x (N, C, L), each (N, D, L), contiguous, in x's dtype, with a D of its own, or None where not asked for."""
     num_maps, num_channels, num_tokens = x.shape
-    wanted = [p for p in (q, k, v) if p is not None]
-    rows = [0 if p is None else num_rows(p.weight) for p in (q, k, v)]
+    rows = [0 if p is None else p.weight.shape[0] for p in (q, k, v)]
     out_q, out_k, out_v = (x.new_empty((num_maps, d, num_tokens)) if d else None for d in rows)
     arguments: list[torch.Tensor | float | None] = []
     for projection, out in ((q, out_q), (k, out_k), (v, out_v)):
@@ -81,7 +74,7 @@ def qkv_projection(
         x, *x.stride(),
         *arguments,
         num_tokens,
-        C=num_channels, D_Q=rows[0], D_K=rows[1], D_V=rows[2], PER_MAP=has_one_per_map(wanted[0].weight),
+        C=num_channels, D_Q=rows[0], D_K=rows[1], D_V=rows[2],
         BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

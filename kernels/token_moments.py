@@ -12,22 +12,20 @@ from .primitives import load_tile, tile_offsets
 NUM_PROGRAMS = 256
 
 
-# Not specialised, or small batches would compile a kernel of their own.
-@triton.jit(do_not_specialize=["tiles_per_group", "splits_per_group", "tiles_per_split"])
+@triton.jit(do_not_specialize=["num_tiles", "tiles_per_split"])  # or small batches would compile a kernel of their own
 def token_moments_kernel(
     left_ptr, stride_an, stride_ac, stride_al,
     right_ptr, stride_bn, stride_bc, stride_bl,
     product_ptr, total_ptr,
-    tiles_per_group, splits_per_group, tiles_per_split, num_tokens,
+    num_tiles, tiles_per_split, num_tokens,
     A: tl.constexpr, C: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program sums `left_i right_iᵀ` and `left_i` over one split of the tokens, for BLOCK_A channels of left.
 
-    left_ptr (N, A, L); right_ptr (N, C, L); product_ptr (splits, A, C) fp32; total_ptr (splits, A) fp32. The maps are cut into
-    tiles of BLOCK_L tokens. Each group of tiles_per_group neighbours, all maps or one, is summed by splits_per_group splits, of
-    which each owns tiles_per_split neighbours of it.
+    left_ptr (N, A, L); right_ptr (N, C, L); product_ptr (splits, A, C) fp32; total_ptr (splits, A) fp32. The N maps are cut
+    into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
     """
     pid = tl.program_id(0)
     split = pid // tl.cdiv(A, BLOCK_A)
@@ -36,9 +34,8 @@ def token_moments_kernel(
     tiles_per_map = tl.cdiv(num_tokens, BLOCK_L)
     acc = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_A,), tl.float32)
-    group = split // splits_per_group
-    first = group * tiles_per_group + split % splits_per_group * tiles_per_split
-    for tile in range(first, tl.minimum(first + tiles_per_split, (group + 1) * tiles_per_group)):
+    first = split * tiles_per_split
+    for tile in range(first, tl.minimum(first + tiles_per_split, num_tiles)):
         n = tl.cast(tile // tiles_per_map, tl.int64)
         offs_l = tile % tiles_per_map * BLOCK_L + tl.arange(0, BLOCK_L)
         left_offsets = n * stride_an + tile_offsets(offs_a, offs_l, stride_ac, stride_al)
@@ -53,29 +50,22 @@ def token_moments_kernel(
     tl.store(total_ptr + rows, total, mask=offs_a < A)
 
 
-def token_moments(left: torch.Tensor, right: torch.Tensor, *, per_map: bool, config: LaunchConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
-
-    With `per_map` there is a sum for each map, (N, A, C) and (N, A).
-    """
+def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L)."""
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
-    groups = num_maps if per_map else 1
-    tiles_per_group = num_maps // groups * num_tiles(num_tokens, config.block_n)
+    token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
     channel_tiles = num_tiles(left_channels, config.block_m)
-    tiles_per_split = num_tiles(tiles_per_group, max(1, NUM_PROGRAMS // (groups * channel_tiles)))
-    splits_per_group = num_tiles(tiles_per_group, tiles_per_split)
-    splits = groups * splits_per_group
+    tiles_per_split = num_tiles(token_tiles, max(1, NUM_PROGRAMS // channel_tiles))
+    splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, left_channels), dtype=torch.float32, device=left.device)
     token_moments_kernel[(splits * channel_tiles,)](
         left, *left.stride(),
         right, *right.stride(),
         product, total,
-        tiles_per_group, splits_per_group, tiles_per_split, num_tokens,
+        token_tiles, tiles_per_split, num_tokens,
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-    if per_map:
-        return product.unflatten(0, (groups, -1)).sum(1), total.unflatten(0, (groups, -1)).sum(1)
     return product.sum(0), total.sum(0)

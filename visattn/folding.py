@@ -18,8 +18,7 @@ Gradients = tuple[Tensor | None, ...]
 class Weights(NamedTuple):
     """The layer's parameters: w_q, w_k (D, C); b_q (D); w_v (C, C); b_v (C); gamma one element. b_k never matters.
 
-    The matrices may be the weights of 1×1 convolutions, (D, C, 1, 1), which lie in memory no differently. Or every map has its
-    own: (N, D, C), (N, D), (N, C, C), (N, C), which is what normalising the map first amounts to; gamma is always shared.
+    The matrices may be the weights of 1×1 convolutions, (D, C, 1, 1), which lie in memory no differently.
     """
 
     w_q: Tensor
@@ -29,37 +28,18 @@ class Weights(NamedTuple):
     b_v: Tensor | None
     gamma: Tensor | None
 
-    @property
-    def per_map(self) -> bool:
-        """Whether every map has its own."""
-        return self.w_q.dim() == 3
-
-    @property
-    def qk_channels(self) -> int:
-        """D."""
-        return self.w_q.shape[1 if self.per_map else 0]
-
-    def of_maps(self, maps: slice) -> "Weights":
-        """Those of some maps: views where every map has its own, else all of them."""
-        if not self.per_map:
-            return self
-        *own, gamma = self
-        return Weights._make([*(None if w is None else w[maps] for w in own), gamma])
-
     def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
         """The function of each weight that exists."""
         return Weights._make([None if w is None else function(w) for w in self])
 
     def matrices(self) -> "Weights":
         """The same with weights of convolutions as the matrices they are."""
-        if self.per_map:
-            return self
         w_q, b_q, w_k, w_v, b_v, gamma = self
         return Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
 
 
 class Moments(NamedTuple):
-    """Sums over all tokens i of all maps, or of each where maps have their own weights, in fp32 or wider; g is the output's gradient.
+    """Sums over all tokens i of all maps, in fp32 or wider, g being the gradient of the output.
 
     Where the keys' weight was folded into the query, dq is the gradient of the folded query and E = C. Where keys were
     projected it is that of `scale · (W_q x + b_q)`, E = D, and dk is the gradient of the keys.
@@ -87,39 +67,22 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
         if b_q is not None:
             d_b_q = scale * query_total
     else:
-        d_w_q, d_b_q, d_w_k = (_unfolded_per_map if weights.per_map else _unfolded)(w_q, b_q, w_k, query, query_total, scale)
+        w_q, w_k = w_q.flatten(1), w_k.flatten(1)
+        # With beta = 0 the first operand is not read: these are products times scale, in one operation.
+        d_w_q = torch.addmm(w_k, w_k, query, beta=0, alpha=scale)
+        if b_q is None:
+            d_w_k = torch.addmm(w_q, w_q, query.mT, beta=0, alpha=scale)
+        else:
+            d_b_q = torch.addmv(b_q, w_k, query_total, beta=0, alpha=scale)
+            d_w_k = (w_q @ query.mT).addr_(b_q, query_total, beta=scale, alpha=scale)
     if gamma is not None:
-        d_gamma = (w_v.reshape(d_w_v.shape) * d_w_v).sum()
+        d_gamma = (w_v.flatten(1) * d_w_v).sum()
         if b_v is not None:
-            d_gamma = d_gamma + (b_v * value_total).sum()
+            d_gamma = d_gamma + b_v @ value_total
             d_b_v = gamma * value_total
         d_w_v = gamma * d_w_v
     gradients = (d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)
     return tuple([None if w is None or d is None else _fitted(d, w) for d, w in zip(gradients, weights, strict=True)])
-
-
-def _unfolded(
-    w_q: Tensor, b_q: Tensor | None, w_k: Tensor, query: Tensor, query_total: Tensor, scale: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The gradients of w_q, b_q and w_k from those of the folded query."""
-    w_q, w_k = w_q.flatten(1), w_k.flatten(1)
-    # With beta = 0 the first operand is not read: these are products times scale, in one operation.
-    d_w_q = torch.addmm(w_k, w_k, query, beta=0, alpha=scale)
-    if b_q is None:
-        return d_w_q, None, torch.addmm(w_q, w_q, query.mT, beta=0, alpha=scale)
-    d_b_q = torch.addmv(b_q, w_k, query_total, beta=0, alpha=scale)
-    return d_w_q, d_b_q, (w_q @ query.mT).addr_(b_q, query_total, beta=scale, alpha=scale)
-
-
-def _unfolded_per_map(
-    w_q: Tensor, b_q: Tensor | None, w_k: Tensor, query: Tensor, query_total: Tensor, scale: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same where every map has its own."""
-    d_w_q, d_w_k = scale * (w_k @ query), w_q @ query.mT
-    if b_q is None:
-        return d_w_q, None, scale * d_w_k
-    d_b_q = scale * (w_k @ query_total[..., None])[..., 0]
-    return d_w_q, d_b_q, scale * (d_w_k + b_q[..., None] * query_total[..., None, :])
 
 
 def _fitted(gradient: Tensor, weight: Tensor) -> Tensor:

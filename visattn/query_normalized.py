@@ -76,7 +76,7 @@ def backward(
         else:
             d_x.flatten(2).copy_(d_tokens)
     # Σ_i g_i y_iᵀ and Σ_i g_i r_i, with y_i = Σ_j P_ji x_j and r_i = Σ_j P_ji, summed over the keys instead.
-    return d_x, moments(d_t, None, tokens, g_of_keys, tokens, False) if need_weights else None
+    return d_x, moments(d_t, None, tokens, g_of_keys, tokens) if need_weights else None
 
 
 def rows(tokens: Tensor, w_q: Tensor, w_k: Tensor, b_k: Tensor | None, index: Tensor, scale: float) -> Tensor:

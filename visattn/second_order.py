@@ -32,24 +32,24 @@ def backward_of_backward(
     maps_at_once = max(1, SCORES_AT_ONCE // length**2)
     rows_at_once = max(1, min(length, SCORES_AT_ONCE // length))
     phi_d_out, phi_tokens = torch.zeros_like(g), torch.zeros_like(tokens)
-    phi_weights = wide.map(torch.zeros_like)
+    phi_weights = [None if w is None else torch.zeros_like(w) for w in wide]
     for map_ in range(0, len(tokens), maps_at_once):
         maps = slice(map_, map_ + maps_at_once)
         for row in range(0, length, rows_at_once):
             rows = slice(row, row + rows_at_once)
             with torch.enable_grad():
                 keys = tokens[maps].detach().requires_grad_()
-                leaves, along = wide.of_maps(maps).map(lambda w: w.detach().requires_grad_()), tangents.of_maps(maps)
+                leaves = wide.map(lambda w: w.detach().requires_grad_())
                 if normalize == "keys":
-                    reached, tangent = rows, _tangent_of_rows(keys, v_tokens[maps], rows, leaves, along, scale)
+                    reached, tangent = rows, _tangent_of_rows(keys, v_tokens[maps], rows, leaves, tangents, scale)
                 else:
-                    reached, tangent = slice(None), _tangent_from_keys(keys, v_tokens[maps], rows, leaves, along, scale)
+                    reached, tangent = slice(None), _tangent_from_keys(keys, v_tokens[maps], rows, leaves, tangents, scale)
                 phi = (g[maps, :, reached] * tangent).sum()
                 wanted = [keys, *(w for w in leaves if w is not None)]
                 gradients = iter(torch.autograd.grad(phi, wanted, allow_unused=True))
             phi_d_out[maps, :, reached] += tangent.detach()
             _add(phi_tokens[maps], next(gradients))
-            for total in phi_weights.of_maps(maps):
+            for total in phi_weights:
                 if total is not None:
                     _add(total, next(gradients))
     if residual:
@@ -76,7 +76,7 @@ def _attention_weights(x: Tensor, v_x: Tensor, rows: slice, w: Weights, v: Weigh
     x_m, v_m = x[:, :, rows], v_x[:, :, rows]
     q, v_q = w.w_q @ x_m, v.w_q @ x_m + w.w_q @ v_m
     if w.b_q is not None and v.b_q is not None:
-        q, v_q = q + w.b_q[..., None], v_q + v.b_q[..., None]
+        q, v_q = q + w.b_q[:, None], v_q + v.b_q[:, None]
     u, v_u = scale * (w.w_k.mT @ q), scale * (v.w_k.mT @ q + w.w_k.mT @ v_q)
     p = torch.softmax(u.mT @ x, -1)
     v_s = v_u.mT @ x + u.mT @ v_x
@@ -87,7 +87,7 @@ def _projection(y: Tensor, v_y: Tensor, w: Weights, v: Weights) -> tuple[Tensor,
     """`γ(W_v y + b_v)` and its derivative."""
     branch, tangent = w.w_v @ y, v.w_v @ y + w.w_v @ v_y
     if w.b_v is not None and v.b_v is not None:
-        branch, tangent = branch + w.b_v[..., None], tangent + v.b_v[..., None]
+        branch, tangent = branch + w.b_v[:, None], tangent + v.b_v[:, None]
     if w.gamma is not None and v.gamma is not None:
         gamma = w.gamma.reshape(())
         branch, tangent = gamma * branch, v.gamma.reshape(()) * branch + gamma * tangent

@@ -23,7 +23,7 @@ def form_of(tokens: Tensor, weights: Weights) -> str:
     """ "chunks", "flash" or "projected", for tokens (N, C, L) as `widen` gives them."""
     channels, length = tokens.shape[1:]
     flash = torch_attention.flash_is_quicker(tokens)
-    thin = 4 * weights.qk_channels <= channels and length >= PROJECTED_MIN_TOKENS
+    thin = 4 * weights.w_q.shape[0] <= channels and length >= PROJECTED_MIN_TOKENS
     if thin and not (flash and channels < PROJECTED_MIN_CHANNELS):
         return "projected"
     return "flash" if flash else "chunks"
@@ -45,7 +45,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     if b_v is None:
         out.flatten(2).copy_(branch)
     else:
-        torch.add(branch, b_v[..., None], out=out.flatten(2))
+        torch.add(branch, b_v[:, None], out=out.flatten(2))
     return out, y.to(x.dtype) if save else None, lse if save and keeps_lse(x, weights) else None
 
 
@@ -79,7 +79,7 @@ def backward(
             torch.add(d_tokens, g, out=d_x.flatten(2))
         else:
             d_x.flatten(2).copy_(d_tokens)
-    return d_x, moments(d_q, d_k, tokens, g, y, weights.per_map) if need_weights else None
+    return d_x, moments(d_q, d_k, tokens, g, y) if need_weights else None
 
 
 def _attend(tokens: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +152,7 @@ def folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
     if weights.b_q is None:
         return project(product, None, tokens)
     wide = torch.promote_types(dtype, torch.float32)
-    bias = scale * (weights.w_k.to(wide).mT @ weights.b_q.to(wide)[..., None])[..., 0]
+    bias = scale * (weights.w_k.to(wide).mT @ weights.b_q.to(wide))
     return project(product, bias.to(dtype), tokens)
 
 
@@ -169,7 +169,7 @@ def _queries_are_thin(weights: Weights) -> bool:
 
     Thin queries cost less that way. Over few channels the cost is nothing, and the rounding of the product would not average out.
     """
-    qk_channels, channels = weights.w_q.shape[-2:]
+    qk_channels, channels = weights.w_q.shape
     return 2 * qk_channels < channels or channels < 16
 
 
@@ -189,28 +189,25 @@ def output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def project(weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
-    """`W t + b` for every token: (O, C) or (N, O, C), and (N, C, L), to (N, O, L); token by token in memory if tokens are."""
-    if weight.dim() == 2 and tokens.mT.is_contiguous():
+    """`W t + b` for every token: (O, C) and (N, C, L) to (N, O, L), token by token in memory if tokens are."""
+    if tokens.mT.is_contiguous():
         return torch.nn.functional.linear(tokens.mT, weight, bias).mT
     weight = weight.expand(len(tokens), -1, -1)
-    return torch.bmm(weight, tokens) if bias is None else torch.baddbmm(bias[..., None], weight, tokens)
+    return torch.bmm(weight, tokens) if bias is None else torch.baddbmm(bias[:, None], weight, tokens)
 
 
-def moments(d_q: Tensor, d_k: Tensor | None, tokens: Tensor, g: Tensor, y: Tensor, per_map: bool) -> Moments:
-    """The sums over all tokens, of all maps or `per_map`, that the weights' gradients are made of; d_k only where there are keys."""
+def moments(d_q: Tensor, d_k: Tensor | None, tokens: Tensor, g: Tensor, y: Tensor) -> Moments:
+    """The sums over all tokens of all maps that the weights' gradients are made of; d_k only where there are keys."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
 
     def products(a: Tensor, b: Tensor) -> Tensor:
-        if per_map:
-            return torch.bmm(a, b.mT).to(wide)
         if len(a) * a.shape[1] * b.shape[1] <= torch_attention.SCORES_AT_ONCE:  # no more memory than the scores
             return torch.bmm(a, b.mT).sum(0, dtype=wide)
         return torch.tensordot(a, b, ([0, 2], [0, 2])).to(wide)
 
     # Gradients of keys sum to zero but for rounding, which is kept from meeting the mean of the map.
     key = None if d_k is None else products(d_k, tokens - tokens.mean(2, keepdim=True))
-    summed = 2 if per_map else (0, 2)
-    return Moments(products(d_q, tokens), d_q.sum(summed, dtype=wide), products(g, y), g.sum(summed, dtype=wide), key)
+    return Moments(products(d_q, tokens), d_q.sum((0, 2), dtype=wide), products(g, y), g.sum((0, 2), dtype=wide), key)
 
 
 def _token_major(tokens: Tensor) -> Tensor:

@@ -55,9 +55,8 @@ def backward(
     channels, target = x.shape[1], kernel_target(x.device)
     d_x = empty_map_like(x) if need_x else None
     if not x.numel():
-        groups = (len(x),) if weights.per_map else ()
-        zeros = x.new_zeros((*groups, channels, channels), dtype=torch.float32)
-        return d_x, Moments(zeros, zeros[..., 0], zeros, zeros[..., 0]) if need_weights else None
+        zeros = x.new_zeros((channels, channels), dtype=torch.float32)
+        return d_x, Moments(zeros, zeros[0], zeros, zeros[0]) if need_weights else None
 
     configs = kernels.backward_configs(channels, x.dtype, target)
     tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
@@ -77,15 +76,14 @@ def backward(
             )
         if not need_weights:
             return d_x, None
-        per_map, config = weights.per_map, configs.token_moments
-        query, query_total = kernels.token_moments(d_q, tokens, per_map=per_map, config=config)
-        value, value_total = kernels.token_moments(g, y, per_map=per_map, config=config)
-        key = None if d_k is None else _key_moment(d_k, tokens, per_map, config)
+        query, query_total = kernels.token_moments(d_q, tokens, config=configs.token_moments)
+        value, value_total = kernels.token_moments(g, y, config=configs.token_moments)
+        key = None if d_k is None else _key_moment(d_k, tokens, configs)
     return d_x, Moments(query, query_total, value, value_total, key)
 
 
 def _projects_keys(weights: Weights, channels: int) -> bool:
-    return kernels.projects_keys(channels, weights.qk_channels)
+    return kernels.projects_keys(channels, weights.w_q.shape[0])
 
 
 def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: kernels.ProjectedConfigs) -> tuple[Tensor, Tensor]:
@@ -95,9 +93,7 @@ def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: k
     return q, k
 
 
-def _key_moment(d_k: Tensor, tokens: Tensor, per_map: bool, config: kernels.LaunchConfig) -> Tensor:
-    """`Σ dk_i x_iᵀ` (D, C), or (N, D, C) per map. `Σ dk_i` is zero but for rounding, which is kept from multiplying the mean of the map."""
-    key, key_total = kernels.token_moments(d_k, tokens, per_map=per_map, config=config)
-    if per_map:
-        return key - key_total[..., None] * tokens.mean(2, dtype=torch.float32)[:, None]
+def _key_moment(d_k: Tensor, tokens: Tensor, configs: kernels.BackwardConfigs) -> Tensor:
+    """`Σ dk_i x_iᵀ` (D, C). `Σ dk_i` is zero but for rounding, which is kept from multiplying the mean of the map."""
+    key, key_total = kernels.token_moments(d_k, tokens, config=configs.token_moments)
     return key.addr_(key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
