@@ -7,7 +7,7 @@ import torch
 
 from visattn import device
 
-from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS
+from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS, GENERAL_FAULTS
 
 INTERPRETING = device.triton_is_interpreting()
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
@@ -32,6 +32,7 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     forward, backward = len(FORWARD_FAULTS), len(BACKWARD_FAULTS)
     terminalreporter.write_line(f"known-wrong attentions that test_oracle.py must reject: {forward} forward, {backward} backward")
+    terminalreporter.write_line(f"known-wrong blocks that test_general_layer.py must reject: {len(GENERAL_FAULTS)}")
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])

@@ -49,3 +49,8 @@ def test_second_derivatives_take_little(layer):
 def test_attention_maps_normalised_over_the_queries_take_little():
     layer = "lambda x: visattn.attention_rows(visattn.Attention(32, normalize='queries'), x, torch.tensor([[1, 2]]))"
     assert mebibytes(128, "train", layer) < 256
+
+
+def test_heads_over_pooled_keys_take_little():
+    """One of their matrices is 84 MiB, and naive second derivatives hold a dozen at a time."""
+    assert mebibytes(96, "train", "visattn.SelfAttention2d(32, num_heads=4, norm_groups=8, out_proj=True, pool=4)", "second") < 256

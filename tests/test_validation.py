@@ -5,6 +5,7 @@ import torch
 
 import visattn
 from visattn import functional
+from visattn.functional import GroupNorm
 
 from .oracle import recorded_backends
 
@@ -51,8 +52,42 @@ BAD_CALLS = [
     ({"backend": "gpu"}, ValueError, "backend must be one of"),
 ]
 
+OUT, HALF = torch.randn(8, 4), torch.randn(4, 8)
+GROUPS = GroupNorm(2, B, B)
 
-@pytest.mark.parametrize(("change", "error", "text"), BAD_CALLS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None)
+BAD_BLOCKS = [
+    ({"w_v": HALF, "w_o": W}, ValueError, r"w_o must take w_v's 4 channels, its shape \(8, 8\) takes 8"),
+    ({"w_v": HALF, "w_o": torch.randn(4, 4)}, ValueError, r"w_o must give 8 channels, its shape \(4, 4\) gives 4"),
+    ({"w_v": HALF, "w_o": OUT[None]}, ValueError, r"w_o must have shape \(out, in\)"),
+    ({"w_v": HALF, "w_o": OUT.double()}, TypeError, "w_o must have x's dtype"),
+    ({"w_v": HALF, "w_o": OUT, "b_v": B}, ValueError, r"b_v must have shape \(4,\)"),
+    ({"w_v": HALF, "w_o": OUT, "b_o": B[:4]}, ValueError, r"b_o must have shape \(8,\), got \(4,\)"),
+    ({"w_v": HALF, "num_heads": 2}, ValueError, "w_v must give 8 channels"),
+    ({"w_o": "W"}, TypeError, "w_o must be a torch.Tensor, got str"),
+    ({"b_o": B}, ValueError, "b_o is the bias of the output projection .* got w_o=None; pass w_o as well"),
+    ({"num_heads": 3}, ValueError, "num_heads must divide the query channels, got 3 heads for 8"),
+    ({"w_v": torch.randn(6, 8), "w_o": torch.randn(8, 6), "num_heads": 4}, ValueError, "divide the value channels, got 4 heads for 6"),
+    ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+    ({"num_heads": 2.0}, TypeError, "num_heads must be an int, got 2.0"),
+    ({"pool": 0}, ValueError, "pool must be at least 1"),
+    ({"pool": (2, 2)}, TypeError, r"pool must be an int, got \(2, 2\)"),
+    ({"pool": 4}, ValueError, "pool must leave at least one key, got 4 for a map of 3×4; use a smaller pool"),
+    ({"norm": 2}, TypeError, "norm must be a visattn.functional.GroupNorm or None, got int"),
+    ({"norm": GROUPS._replace(num_groups=3)}, ValueError, "norm.num_groups must divide the 8 channels of the map, got 3"),
+    ({"norm": GROUPS._replace(num_groups=None)}, TypeError, "norm.num_groups must be an int"),
+    ({"norm": GROUPS._replace(weight=B[:4])}, ValueError, r"norm.weight must have shape \(8,\), got \(4,\)"),
+    ({"norm": GROUPS._replace(bias=B.double())}, TypeError, "norm.bias must have x's dtype"),
+    ({"norm": GROUPS._replace(eps="0")}, TypeError, "norm.eps must be a float, got str"),
+    ({"res_scale": "1"}, TypeError, "res_scale must be a float, got str"),
+    ({"num_heads": 2, "gamma": B}, ValueError, "gamma must have exactly one element"),
+    ({"normalize": "queries", "num_heads": 2}, ValueError, "'queries' must come with one head .*got num_heads=2.*use normalize='keys'"),
+    ({"normalize": "queries", "norm": GROUPS}, ValueError, "norm=GroupNorm"),
+    ({"normalize": "queries", "pool": 2}, ValueError, "pool=2"),
+    ({"normalize": "queries", "w_o": W}, ValueError, r"w_o=\(8, 8\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "text"), BAD_CALLS + BAD_BLOCKS, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None)
 def test_bad_calls(change, error, text):
     arguments = {"x": X, "w_q": W, "w_k": W, "w_v": W} | change
     with recorded_backends() as ran, pytest.raises(error, match=text):
@@ -71,6 +106,30 @@ def test_unknown_arguments_are_not_swallowed():
 def test_bad_layers(in_channels, error):
     with pytest.raises(error, match="in_channels must be"):
         visattn.Attention(in_channels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {"value_channels": 4},
+            ValueError,
+            r"must equal in_channels \(8\) without an output projection, got 4; pass out_proj",
+        ),
+        ({"qk_channels": 6, "num_heads": 4}, ValueError, "num_heads must divide the query channels, got 4 heads for 6"),
+        ({"qk_channels": 0}, ValueError, "qk_channels must be at least 1"),
+        ({"norm_groups": 3}, ValueError, "norm_groups must divide the 8 channels"),
+        ({"norm_eps": None, "norm_groups": 2}, TypeError, "norm_eps must be a float"),
+        ({"gamma": True}, TypeError, "gamma must be a float, got bool"),
+        ({"scale": "1"}, TypeError, "scale must be a float"),
+        ({"res_scale": None}, TypeError, "res_scale must be a float"),
+        ({"pool": 1.0}, TypeError, "pool must be an int"),
+    ],
+    ids=str,
+)
+def test_bad_blocks_of_layers(options, error, text):
+    with pytest.raises(error, match=text):
+        visattn.SelfAttention2d(8, **options)
 
 
 @pytest.mark.parametrize(

@@ -246,11 +246,11 @@ def general_attention(
 
 
 GENERAL_FAULTS = [
-    "", "statistics of each channel", "statistics of the whole map", "statistics of the batch", "another eps",
+    "statistics of each channel", "statistics of the whole map", "statistics of the batch", "another eps",
     "weight of the normalisation ignored", "bias of the normalisation ignored", "keys not normalised", "values not normalised",
     "normalised map added", "means of windows", "windows over the edge", "pooled before the projection", "keys pooled, values strided",
     "queries of the first head for every head", "heads interleaved", "output interleaved", "logits summed over the heads",
     "scale of all heads together", "scale ignored", "bias of the output ignored", "bias of the output without gamma",
     "result scaled in the branch only", "result scaled in the input only", "result not scaled",
 ]  # fmt: skip
-"""Of the general block; the first is none, which the gates must accept."""
+"""Of the general block."""

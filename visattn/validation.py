@@ -42,9 +42,11 @@ def check_layer(
     check_heads(num_heads, qk_channels, value_channels)
     if norm_groups is not None:
         _check_groups("norm_groups", norm_groups, in_channels)
-    for name, number in (("scale", scale), ("norm_eps", norm_eps), ("gamma", gamma), ("res_scale", res_scale)):
-        if number is not None:
-            _check_number(name, number)
+    for name, number in (("norm_eps", norm_eps), ("res_scale", res_scale)):
+        _check_number(name, number)
+    for name, optional in (("scale", scale), ("gamma", gamma)):
+        if optional is not None:
+            _check_number(name, optional)
     if not out_proj and value_channels != in_channels:
         raise ValueError(
             f"value_channels must equal in_channels ({in_channels}) without an output projection, got {value_channels}; pass out_proj=True"
