@@ -51,8 +51,8 @@ class Problem:
     groups: int
     settings: dict[str, Any]
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        return replace(self, tensors={name: t.to(dtype) for name, t in self.tensors.items()}, d_out=self.d_out.to(dtype))
+    def to(self, where: torch.dtype | torch.device) -> "Problem":
+        return replace(self, tensors={name: t.to(where) for name, t in self.tensors.items()}, d_out=self.d_out.to(where))
 
     def call(self, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor:
         arguments = dict(tensors)

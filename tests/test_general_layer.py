@@ -10,8 +10,9 @@ import visattn
 from visattn import block, functional, ops, reference, token_attention, torch_attention, use_backend
 from visattn.functional import GroupNorm
 
+from .conftest import HAS_GPU
 from .general_problems import BLOCKS, Block, make_problem, run, truth_of
-from .oracle import complaints, stacked
+from .oracle import complaints, recorded_backends, stacked
 from .wrong_attentions import GENERAL_FAULTS, general_attention
 
 every_block = pytest.mark.parametrize("name", BLOCKS)
@@ -60,6 +61,13 @@ def test_maps_large_enough_for_the_cpu_kernel(name):
     assert_correct([problem])
 
 
+def test_softmax_over_the_queries_in_a_scaled_sum():
+    shape = Block(8, 4, 8, out=False, gamma=True, settings={"normalize": "queries", "res_scale": 0.5})
+    problem = make_problem(shape, regime="peaked")
+    ours, eager = (run(f, problem) for f in (functional.self_attention_2d, reference.self_attention_2d))
+    assert not complaints(ours, truth_of(reference.self_attention_2d, problem), eager, without_effect="b_q")
+
+
 @pytest.mark.parametrize("name", ["timm NonLocal", "everything"])
 def test_with_kernels_of_sdpa(name, monkeypatch):
     """What a GPU takes; `scaled_dot_product_attention` itself runs here as well."""
@@ -82,6 +90,19 @@ def test_the_right_block_is_accepted_and_known_wrong_ones_are_rejected(fault):
     wrong = stacked([run(lambda **a: general_attention(**a, fault=fault), p) for p in problems])
     found = [c for c in complaints(wrong, truth, eager) if not c.startswith("b_k: gradient")]
     assert bool(found) == bool(fault), found
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["SAGAN", "VQGAN", "timm NonLocal", "everything that folds"])
+def test_folded_blocks_run_on_the_kernels(name):
+    """Thin values too: projecting them would multiply less, but there is a kernel for the map itself only."""
+    place = torch.device("cuda" if HAS_GPU else "cpu")
+    problems = [make_problem(BLOCKS[name], torch.float32, seed=seed, residual=False) for seed in range(3)]
+    with use_backend("triton"), recorded_backends() as ran:
+        ours = [run(functional.self_attention_2d, p.to(place)) for p in problems]
+    assert set(ran) == {"triton"}
+    truth, eager = (stacked([f(reference.self_attention_2d, p) for p in problems]) for f in (truth_of, run))
+    assert not complaints(stacked([{name: t.cpu() for name, t in r.items()} for r in ours]), truth, eager)
 
 
 class TestSizes:

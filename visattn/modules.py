@@ -215,6 +215,7 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
     qk_channels, in_pytorch = asked.w_q.shape[0], ""
     kind = "projected" if asked.num_heads > 1 or asked.pool > 1 else asked.normalize
     if isinstance(layer, SelfAttention2d):
+        validation.check_pool(x, asked.pool)
         form = block.form_of(x, qk_channels, asked.value_channels, asked.num_heads, asked.pool)
         in_pytorch = f" In PyTorch the form is {form.name}: {form.reason}."
     return dispatch.explain_selection(x, qk_channels, kind=kind, in_pytorch=in_pytorch)

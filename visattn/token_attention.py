@@ -36,8 +36,8 @@ def keeps_lse(q: Tensor, v: Tensor) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """`(y, lse)`: y (B, V, L) in q's dtype, and if `keeps_lse` lse (B, L) of the logits with centred keys."""
-    form, operands, mean = form_of(q, v), *_operands(q, k, v, scale)
-    lse = None
+    operands, mean = _operands(q, k, v, scale)
+    form, lse = form_of(q, v), None
     if form == "flash":
         y, lse = torch_attention.flash(*operands)
     else:

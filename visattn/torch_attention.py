@@ -42,8 +42,9 @@ def flash_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse:
 
 def sdpa_takes(tokens: Tensor) -> bool:
     """Whether SDPA has kernels for queries, keys or values of this shape and dtype on a GPU, and not only its full-matrix path."""
-    channels = tokens.shape[1]
-    return tokens.device.type != "cpu" and tokens.dtype != torch.float64 and channels % 8 == 0 and channels <= 256
+    maps, channels, _ = tokens.shape
+    fits = channels % 8 == 0 and channels <= 256 and maps < 1 << 16  # of maps their grids take no more
+    return tokens.device.type != "cpu" and tokens.dtype != torch.float64 and fits
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
