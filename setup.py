@@ -14,7 +14,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["visattn", "visattn.kernels", "visattn.models"],
+    packages=["visattn", "visattn.kernels", "visattn.models", "visattn.patching"],
     package_dir={"visattn": "visattn", "visattn.kernels": "kernels"},
     package_data={"visattn": ["py.typed"]},
     python_requires=">=3.10",

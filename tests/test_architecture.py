@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each file of visattn may import these siblings; kernels only its own files.
 ALLOWED = {
-    "__init__": {"functional", "reference", "dispatch", "modules"},
+    "__init__": {"functional", "reference", "dispatch", "modules", "patching"},
     "normalization": set(),
     "reference": {"normalization"},
     "folding": set(),
@@ -45,6 +45,7 @@ ALLOWED = {
     },
     "modules": {"block", "dispatch", "functional", "normalization", "validation"},
     "models": {"modules", "functional"},
+    "patching": {"modules", "functional", "validation"},
     "files": set(),
     "provenance": set(),
     "data": set(),
@@ -78,6 +79,16 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "visattn" / "models").glob("*.py")), ids=lambda p: p.stem)
 def test_models_know_layers_only(path):
     assert imported_siblings(path, level=2) <= ALLOWED["models"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "visattn" / "patching").glob("*.py")), ids=lambda p: p.stem)
+def test_patching_knows_layers_and_torch_only(path):
+    assert imported_siblings(path, level=2) <= ALLOWED["patching"]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "torch"}
 
 
 def test_kernels_know_torch_and_triton_only():

@@ -18,6 +18,13 @@ def check_normalize(normalize: str) -> None:
         raise ValueError(f"normalize must be 'keys' (each query's weights sum to one) or 'queries' (each key's do), got {normalize!r}")
 
 
+def check_patching(model: torch.nn.Module, attention_maps: str) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if attention_maps not in ("keep", "skip"):
+        raise ValueError(f"attention_maps must be 'keep' (such blocks stay) or 'skip' (they return None instead), got {attention_maps!r}")
+
+
 def check_in_channels(in_channels: int) -> None:
     _check_count("in_channels", in_channels)
 

@@ -1,0 +1,331 @@
+"""Other people's attention blocks, patched in place: the same results, and nothing else changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+
+import visattn
+
+from .foreign_blocks import (
+    BLOCKS,
+    BigGAN,
+    C,
+    CCNet,
+    ChannelGram,
+    CrissCross,
+    DotProduct,
+    Fastai,
+    LinearAttention,
+    Lucidrains,
+    NonLocal,
+    Sagan,
+    TimmAttention,
+    Vqgan,
+    pointwise,
+)
+
+SHAPE = (2, C, 6, 4)
+
+
+def make(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return BLOCKS[name]().double()
+
+
+def make_map(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape or SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def results(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output, and what a pass forward and back leaves behind, by name."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    module.zero_grad()
+    out.backward(make_map(*out.shape, seed=2))
+    found = {"out": out.detach(), "x": x.grad} | {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-11, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def patched(module: nn.Module, **options: str) -> visattn.PatchReport:
+    """Patches a module that is a block itself, and makes sure that it was replaced."""
+    report = visattn.patch_model(module, **options)
+    assert report.replaced == [""], str(report)
+    return report
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_output_and_every_gradient_are_the_blocks_own(name, training):
+    """Running statistics and the vectors of spectral norm move alike, too."""
+    block = make(name).train(training)
+    original = copy.deepcopy(block)
+    patched(block)
+    for seed in (1, 3):
+        x = make_map(seed=seed)
+        assert_same(results(block, x), results(original, x))
+
+
+@pytest.mark.parametrize("odd", [(2, C, 5, 7), (1, C, 1, 3), (0, C, 4, 4)])
+def test_other_sizes(odd):
+    block = make("non-local, plain")
+    original, x = copy.deepcopy(block), make_map(*odd)
+    patched(block)
+    torch.testing.assert_close(block(x), original(x))
+
+
+LOOKALIKES = {
+    "criss-cross": (lambda: CrissCross(C), "criss-cross attention has the same parameters"),
+    "dot product": (lambda: DotProduct(C), "no softmax"),
+    "linear attention": (lambda: LinearAttention(C), "linear attention"),
+    "memory": (lambda: Lucidrains(C, memory=True), "further parameters: mem_kv"),
+    "channels": (ChannelGram, "attends over channels"),
+    "dropout": (lambda: TimmAttention(C, dropout=0.1), "attn_drop drops attention weights at random"),
+    "3×3 convolution": (lambda: replaced("key_conv", nn.Conv2d(C, 2, 3, padding=1)), "key_conv is not a 1×1 convolution"),
+    "groups": (lambda: replaced("value_conv", nn.Conv2d(C, C, 1, groups=2)), "value_conv is not a 1×1 convolution"),
+    "own layer": (lambda: replaced("query_conv", type("Odd", (nn.Conv2d,), {"forward": lambda s, x: -x})(C, 2, 1)), "query_conv is a Odd"),
+    "norm inside": (lambda: replaced("key_conv", nn.Sequential(pointwise(C, 2), nn.BatchNorm2d(2))), "key_conv holds a BatchNorm2d"),
+    "activation": (lambda: replaced("key_conv", nn.Sequential(pointwise(C, 2), nn.ReLU())), "key_conv holds a ReLU"),
+}
+
+
+def replaced(name: str, module: nn.Module) -> nn.Module:
+    block = Sagan(C)
+    setattr(block, name, module)
+    return block
+
+
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_lookalikes_stay_with_the_reason(name):
+    make_block, reason = LOOKALIKES[name]
+    model = nn.Sequential(make_block())
+    forward = type(model[0]).forward
+    report = visattn.patch_model(model)
+    assert not report.replaced
+    assert reason in dict(report.skipped)["0"]
+    assert type(model[0]).forward is forward
+
+
+def test_softmax_over_the_queries_is_found_out():
+    """CCNet's block has DANet's parameters."""
+    same, other = Sagan(C), CCNet(C)
+    assert "queries" not in patched(same).notes[""]
+    assert "softmax over the queries" in patched(other).notes[""]
+
+
+def test_a_query_called_key_is_found_out():
+    assert "query and key exchanged" in patched(Fastai(C)).notes[""]
+
+
+def test_blocks_that_show_nothing_at_first_are_told_apart():
+    """γ = 0, or zeros in the last projection: the block's own parameters would hide any difference."""
+    block, other = Sagan(C), CrissCross(C)
+    block.gamma.data.zero_()
+    other.gamma.data.zero_()
+    model = nn.Sequential(block, other)
+    assert visattn.patch_model(model).replaced == ["0"]
+    assert model[0].gamma.item() == 0
+
+
+def test_attention_matrix_is_kept_unless_told_otherwise():
+    block = Sagan(C, matrix=True).double()
+    original, x = copy.deepcopy(block), make_map()
+    report = visattn.patch_model(block)
+    assert report.replaced == []
+    assert 'attention_maps="skip"' in dict(report.skipped)[""]
+    patched(block, attention_maps="skip")
+    out, matrix = block(x)
+    assert matrix is None
+    torch.testing.assert_close(out, original(x)[0])
+
+
+def test_further_arguments_are_refused_unless_they_ask_for_nothing():
+    block = NonLocal(C).double()
+    patched(block)
+    block(make_map(), return_matrix=False)
+    with pytest.raises(TypeError, match="takes a map alone"):
+        block(make_map(), return_matrix=True)
+
+
+def memory_of(module: nn.Module) -> list:
+    """Everything a module and its sub-modules hold, with the tensors' contents."""
+    return [
+        (
+            name,
+            type(m),
+            {k: (v, v.clone() if isinstance(v, torch.Tensor) else v) for k, v in (m.__dict__ | m._parameters | m._buffers).items()},
+        )
+        for name, m in module.named_modules()
+    ]
+
+
+@pytest.mark.parametrize("name", ["DANet", "fastai", "BigGAN", "non-local", "guided-diffusion"])
+def test_patching_and_unpatching_leave_everything_bit_for_bit(name):
+    model = nn.Sequential(make(name), nn.Dropout(0.5))
+    model[0](make_map()).sum().backward()  # running statistics, hooks' own weights, gradients
+    model[0].eval()
+    before, generator = memory_of(model), torch.get_rng_state()
+    visattn.patch_model(model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert visattn.unpatch_model(model) == ["0"]
+    after = memory_of(model)
+    for (_, kind, attributes), (_, kind_after, attributes_after) in zip(before, after, strict=True):
+        assert kind is kind_after
+        assert attributes.keys() == attributes_after.keys()
+        for key, (value, copied) in attributes.items():
+            assert attributes_after[key][0] is value
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, copied), key
+
+
+def test_context_manager_patches_within_its_block_only():
+    model = nn.Sequential(Sagan(C), nn.ReLU(), BigGAN(C))
+    with visattn.patch_model(model) as report:
+        assert report.replaced == ["0", "2"]
+        assert dict(visattn.patch_model(model).skipped) == {"0": "it runs on visattn already", "2": "it runs on visattn already"}
+        assert isinstance(model[0], Sagan)
+        assert type(model[0]) is not Sagan
+    assert type(model[0]) is Sagan
+    assert visattn.unpatch_model(model) == []
+
+
+def test_report_reads_well():
+    text = str(visattn.patch_model(nn.Sequential(Sagan(C), CrissCross(C))))
+    assert text.startswith(
+        "1 attention block on visattn, 1 left as before\n  0: SAGAN / DANet / CCNet, 1 head, scale 1\n  1 left: it computes"
+    )
+
+
+def test_visattns_own_layers_are_not_its_business():
+    report = visattn.patch_model(nn.Sequential(visattn.Attention(4), nn.MultiheadAttention(8, 2)))
+    assert (report.replaced, report.skipped) == ([], [])
+
+
+@pytest.mark.parametrize(("model", "maps", "error"), [(object(), "keep", TypeError), (nn.ReLU(), "drop", ValueError)])
+def test_bad_arguments(model, maps, error):
+    with pytest.raises(error):
+        visattn.patch_model(model, attention_maps=maps)
+
+
+@pytest.mark.parametrize("name", ["DANet", "fastai", "VQGAN"])
+def test_copies_and_pickles_are_patched_too(name):
+    block, x = make(name), make_map()
+    patched(block)
+    expected = copy.deepcopy(block)(x)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(other) is type(block)
+        assert visattn.unpatch_model(copy.deepcopy(other)) == [""]
+        torch.testing.assert_close(other(x), expected)
+        for (_, mine), (_, theirs) in zip(block.named_parameters(), other.named_parameters(), strict=True):
+            assert mine is not theirs
+        with torch.no_grad():
+            next(other.parameters()).mul_(2.0)  # a copy reads its own parameters
+        assert not torch.allclose(other(x), expected)
+
+
+def test_replicas_read_their_own_parameters():
+    """`nn.DataParallel` copies attributes and keeps classes: a forward attribute would read the first device's parameters."""
+    block, x = make("DANet"), make_map()
+    patched(block)
+    replica = block._replicate_for_data_parallel()
+    replica.gamma = torch.zeros(1, dtype=torch.float64)
+    torch.testing.assert_close(replica(x), x)
+
+
+def test_state_dicts_go_in_and_out():
+    block, other = make("non-local"), make("non-local", seed=5)
+    keys = list(block.state_dict())
+    patched(block)
+    assert list(block.state_dict()) == keys
+    block.load_state_dict(other.state_dict())
+    torch.testing.assert_close(block.eval()(make_map()), other.eval()(make_map()))
+
+
+def test_hooks_on_a_block_stay():
+    block, seen = make("DANet"), []
+    block.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    patched(block)
+    assert not seen
+    out = block(make_map())
+    assert seen == [out]
+
+
+def test_hooks_that_would_see_nothing_are_no_secret():
+    block = Sagan(C).double()
+    handle = block.key_conv.register_forward_hook(lambda *_: None)
+    assert "key_conv has hooks" in dict(visattn.patch_model(block).skipped)[""]
+    handle.remove()
+    patched(block)
+    block.key_conv.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="key_conv has hooks"):
+        block(make_map())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("normalise", [spectral_norm, weight_norm, parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_weights_that_are_made_in_every_pass(normalise):
+    def make_block() -> nn.Module:
+        torch.manual_seed(0)
+        block = Vqgan(C)
+        for name in ("q", "k", "v", "proj_out"):
+            normalise(getattr(block, name))
+        return block.double()
+
+    block, original, x = make_block(), make_block(), make_map()
+    patched(block)
+    for _ in range(2):
+        assert_same(results(block, x), results(original, x))
+
+
+class Discriminator(nn.Module):
+    """SAGAN's in small."""
+
+    def __init__(self, normalise) -> None:
+        super().__init__()
+        self.before = normalise(nn.Conv2d(3, C, 4, 2, 1))
+        self.attention = Sagan(C, matrix=True)
+        for name in ("query_conv", "key_conv", "value_conv"):
+            normalise(getattr(self.attention, name))
+        self.after = normalise(nn.Conv2d(C, 1, 4))
+
+    def forward(self, x):
+        out, _ = self.attention(torch.tanh(self.before(x)))
+        return self.after(out).flatten()
+
+
+@pytest.mark.parametrize("normalise", [spectral_norm, parametrizations.spectral_norm])
+def test_gradient_penalty_of_a_discriminator(normalise):
+    torch.manual_seed(0)
+    ours = Discriminator(normalise).double()
+    theirs = copy.deepcopy(ours)
+    assert visattn.patch_model(ours, attention_maps="skip").replaced == ["attention"]
+    images = make_map(2, 3, 12, 12)
+    for _ in range(2):
+        found = []
+        for model in (ours, theirs):
+            x = images.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            penalty = 10 * ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
+            penalty.backward()
+            found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(model.named_buffers()))
+            found[-1]["penalty"] = penalty.detach()
+        ours_found, theirs_found = found
+        assert_same({name: ours_found.get(name, torch.zeros_like(t)) for name, t in theirs_found.items()}, theirs_found)
+
+
+@pytest.mark.parametrize("name", ["fastai", "non-local", "guided-diffusion"])
+def test_compiles_without_a_graph_break(name):
+    block = make(name).eval()
+    x = make_map()
+    expected = block(x)
+    patched(block)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)

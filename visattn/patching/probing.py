@@ -1,0 +1,133 @@
+"""Whether a block computes what a recipe says: both are run on a small random map, with random parameters.
+
+The block's own parameters would not do: a γ of zero, or a last projection of zeros, hides everything. The block itself is left as it was,
+to the bit: parameters, running statistics, vectors of spectral norm, training mode and the state of the random generator.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .families import Recipe
+from .running import run
+from .weights import Unsuitable
+
+SHAPE = (2, 12, 10)
+"""Maps, height and width: not square; even, because some that pool can only halve; and no multiple of a usual window."""
+
+TOLERANCE = 1e-3
+"""Relative, in float32. A different formula differs by about 1."""
+
+WARM_UP = 4
+"""Passes in training mode before anything is compared, in which estimates of spectral norms find the random weights."""
+
+State = dict[str, Tensor]
+
+
+class _Method(nn.Module):
+    """A block's forward method without the hooks on the block, or the recipe in its place."""
+
+    def __init__(self, block: nn.Module, recipe: Recipe | None = None) -> None:
+        super().__init__()
+        self.block = block
+        self.recipe = recipe
+
+    @property
+    def adds_its_input(self) -> bool:
+        return self.recipe is not None and self.recipe.residual and self.recipe.res_scale == 1
+
+    def forward(self, x: Tensor) -> Any:
+        return self.block.forward(x) if self.recipe is None else run(self.block, self.recipe, x, backend="torch")
+
+
+def matching_recipe(block: nn.Module, recipes: Iterable[Recipe], channels: int) -> Recipe:
+    """The first recipe by which the block computes what it does with maps of so many channels, in training and in evaluation.
+
+    Raises:
+        Unsuitable: none.
+    """
+    closest = float("inf")
+    with _left_as_it_was(block), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        generator = torch.Generator("cpu").manual_seed(0)
+        state = _random_state(block, generator)
+        x = torch.randn(SHAPE[0], channels, *SHAPE[1:], generator=generator, device="cpu")
+        try:
+            for _ in range(WARM_UP):
+                _call(_Method(block), state, x, training=True)
+            expected = {training: _called_on_a_copy(_Method(block), state, x, training) for training in (True, False)}
+        except Exception as error:
+            raise Unsuitable(f"its forward method does not take a map alone: {type(error).__name__}: {error}") from error
+        returns_pair = _is_pair(expected[True][0])
+        for recipe in recipes:
+            found = max(_difference(_Method(block, recipe), state, x, *expected[training], training) for training in (True, False))
+            if found <= TOLERANCE:
+                return recipe._replace(returns_pair=returns_pair)
+            closest = min(closest, found)
+    by = f"by {closest:.0%} of the branch" if closest < float("inf") else "in its shape or type"
+    raise Unsuitable(f"it computes something else: on a random map it differs from the nearest known form {by}")
+
+
+@contextmanager
+def _left_as_it_was(block: nn.Module) -> Iterator[None]:
+    """Attributes of the block and its sub-modules are what they were, such as weights that hooks leave behind."""
+    before = {module: dict(module.__dict__) for module in block.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _random_state(block: nn.Module, generator: torch.Generator) -> State:
+    """Parameters that let every part of the block be seen, and copies of its buffers; in float32 on the CPU."""
+    state = {}
+    for name, parameter in block.named_parameters():
+        if not parameter.is_floating_point() or isinstance(parameter, nn.UninitializedParameter):
+            raise Unsuitable(f"its parameter {name} is {parameter.dtype} and made later or quantised, not a floating tensor")
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        wide = parameter.ndim >= 2
+        state[f"block.{name}"] = noise / parameter[0].numel() ** 0.5 if wide else 0.5 + 0.25 * noise
+    for name, buffer in block.named_buffers():
+        copy = torch.ones(buffer.shape) if buffer.is_meta else buffer.detach().cpu().clone()
+        state[f"block.{name}"] = copy.float() if copy.is_floating_point() else copy
+    return state
+
+
+def _call(method: _Method, state: State, x: Tensor, training: bool) -> Any:
+    """What the method returns with `state` for parameters and buffers, which it may change."""
+    torch.manual_seed(0)
+    method.block.train(training)
+    return functional_call(method, state, (x.clone(),))
+
+
+def _called_on_a_copy(method: _Method, state: State, x: Tensor, training: bool) -> tuple[Any, State]:
+    """What the method returns, and what it leaves of a copy of `state`."""
+    left = {name: tensor.clone() for name, tensor in state.items()}
+    return _call(method, left, x, training), left
+
+
+def _difference(method: _Method, state: State, x: Tensor, expected: Any, left: State, training: bool) -> float:
+    """How far the method is from the expected result, relative to its branch; infinite where that cannot be said."""
+    try:
+        out, found_left = _called_on_a_copy(method, state, x, training)
+    except (ValueError, TypeError, RuntimeError):
+        return float("inf")  # this recipe and these weights do not fit together
+    wanted = expected[0] if _is_pair(expected) else expected
+    if not isinstance(wanted, Tensor) or wanted.shape != out.shape or not wanted.isfinite().all():
+        return float("inf")
+    scale = (wanted - x).norm() if method.adds_its_input else wanted.norm()
+    differences = [(out - wanted).norm() / scale.clamp(min=1e-3)]
+    differences += [
+        (found_left[name] - left[name]).norm() / left[name].norm().clamp(min=1e-3) for name in left if left[name].is_floating_point()
+    ]
+    return max(float(d) for d in differences)
+
+
+def _is_pair(result: Any) -> bool:
+    """Whether a map came with an attention matrix, (N, queries, keys)."""
+    return isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result) and result[0].ndim == 4

@@ -1,0 +1,81 @@
+"""A foreign block's forward pass on this layer: its sub-modules' present weights into one call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .families import BY_NAME, Family, Recipe
+from .weights import parts_of, read
+
+
+def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None) -> Tensor:
+    """What the block makes of the map x (N, C, H, W), by the recipe."""
+    family = BY_NAME[recipe.family]
+    w_o, b_o, afterwards = _output(block, family)
+    gamma = getattr(block, family.gamma) if family.gamma else None
+    simple = not afterwards
+    out = functional.self_attention_2d(
+        x,
+        *_queries_keys_values(block, family, recipe),
+        w_o=w_o,
+        b_o=b_o,
+        gamma=gamma,
+        scale=recipe.scale,
+        num_heads=recipe.num_heads,
+        norm=_norm(block, family, x),
+        pool=recipe.pool,
+        residual=recipe.residual and simple,
+        res_scale=recipe.res_scale if simple else 1.0,
+        normalize=recipe.normalize,
+        backend=backend,
+    )
+    if simple:
+        return out
+    for module in afterwards:
+        out = module(out)
+    return recipe.res_scale * (x + out if recipe.residual else out)
+
+
+def split(packed: Tensor, order: str, num_heads: int) -> tuple[Tensor, ...]:
+    """Queries', keys' and values' rows of a weight or bias (3·h·d, …) that holds them in `order`, each (h·d, …)."""
+    sizes = {"3": 3, "h": num_heads, "d": packed.shape[0] // (3 * num_heads)}
+    return packed.unflatten(0, [sizes[axis] for axis in order]).movedim(order.index("3"), 0).flatten(1, 2).unbind(0)
+
+
+def _queries_keys_values(block: nn.Module, family: Family, recipe: Recipe) -> tuple[Tensor | None, ...]:
+    """`(w_q, w_k, w_v, b_q, b_k, b_v)`."""
+    if family.packed:
+        weight, bias = _projection(block, family.packed)
+        biases = (None,) * 3 if bias is None else split(bias, recipe.order, recipe.num_heads)
+        return *split(weight, recipe.order, recipe.num_heads), *biases
+    (w_q, b_q), (w_k, b_k), (w_v, b_v) = (_projection(block, name) for name in family.projections)
+    if recipe.exchanged:
+        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q
+    return w_q, w_k, w_v, b_q, b_k, b_v
+
+
+def _projection(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    return read(parts_of(block.get_submodule(name), name).layer, name)
+
+
+def _output(block: nn.Module, family: Family) -> tuple[Tensor | None, Tensor | None, list[nn.Module]]:
+    """Weight and bias of the output projection, and the modules behind it that change anything."""
+    if not family.out:
+        return None, None, []
+    parts = parts_of(block.get_submodule(family.out), family.out)
+    behind = [*parts.afterwards, *(block.get_submodule(name) for name in family.afterwards)]
+    behind = [m for m in behind if not (isinstance(m, nn.Identity) or (isinstance(m, nn.Dropout | nn.Dropout2d) and m.p == 0))]
+    return *read(parts.layer, family.out), behind
+
+
+def _norm(block: nn.Module, family: Family, x: Tensor) -> Any:
+    """The normalisation of the input as an argument; its weights are kept in fp32 by some who compute in half precision."""
+    if not family.norm:
+        return None
+    norm: Any = block.get_submodule(family.norm)
+    weight, bias = norm.weight, norm.bias
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    return functional.GroupNorm(norm.num_groups, weight, bias, norm.eps)

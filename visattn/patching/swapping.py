@@ -1,0 +1,67 @@
+"""A block that keeps everything but its forward method.
+
+The method is replaced by giving the block a subclass of its own class. An attribute `forward` on the block would stay bound to
+the original when `nn.DataParallel` replicates it; a class does not, and copies, pickles and compiles like any other.
+"""
+
+import functools
+import types
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import Recipe
+from .running import run
+
+
+class PatchedBlock(nn.Module):
+    """What a block of another class becomes, by a subclass of both: its own modules, parameters and hooks, this forward pass."""
+
+    _visattn_original: type[nn.Module]
+    _visattn_recipe: Recipe
+
+    def forward(self, x: Tensor, *further: Any, **named: Any) -> Any:
+        """(N, C, H, W) to what the block returned before, None in the place of an attention matrix.
+
+        Raises:
+            TypeError: it was given anything else, such as a mask or a request for the attention matrix.
+        """
+        for argument in (*further, *named.values()):
+            if argument is not None and argument is not False:
+                raise TypeError(
+                    f"{type(self).__name__} runs on visattn and takes a map alone, got {1 + len(further)} positional arguments and "
+                    f"{sorted(named)}; call visattn.unpatch_model first"
+                )
+        out = run(self, self._visattn_recipe, x)
+        return (out, None) if self._visattn_recipe.returns_pair else out
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (self._visattn_original, *reduced[1][1:]), *reduced[2:]
+
+
+def swap(block: nn.Module, recipe: Recipe) -> None:
+    """Makes the block a PatchedBlock."""
+    block.__dict__["_visattn_recipe"] = recipe
+    block.__class__ = _patched(type(block))  # type: ignore[arg-type]
+
+
+def swap_back(block: PatchedBlock) -> None:
+    """Makes it what it was."""
+    block.__class__ = block._visattn_original  # type: ignore[assignment]
+    del block.__dict__["_visattn_recipe"]
+
+
+@functools.cache
+def _patched(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass; it goes by the name of the original, which some code looks at."""
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    return types.new_class(
+        original.__name__, (PatchedBlock, original), exec_body=lambda body: body.update(names, _visattn_original=original)
+    )
+
+
+def _new(original: type[nn.Module], *arguments: Any) -> nn.Module:
+    """An empty patched block, for what copies and unpickles."""
+    patched = _patched(original)  # type: ignore[arg-type]
+    return patched.__new__(patched, *arguments)
