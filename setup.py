@@ -6,6 +6,7 @@ from setuptools import setup
 
 TRAIN = ["torchvision", "scikit-learn", "matplotlib", "rich", "safetensors"]
 DEV = ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy"]
+TEST_MODELS = ["timm", "diffusers"]
 
 setup(
     name="visattn",
@@ -19,6 +20,6 @@ setup(
     package_data={"visattn": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "dev": DEV},
+    extras_require={"train": TRAIN, "dev": DEV, "test-models": TEST_MODELS},
     entry_points={"console_scripts": ["visattn = visattn.cli:main"]},
 )

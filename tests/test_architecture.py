@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Each file of visattn may import these siblings; kernels only its own files.
 ALLOWED = {
-    "__init__": {"functional", "reference", "dispatch", "modules", "patching"},
+    "__init__": {"functional", "reference", "dispatch", "modules", "patching", "convert"},
     "normalization": set(),
     "reference": {"normalization"},
     "folding": set(),
@@ -46,6 +46,7 @@ ALLOWED = {
     "modules": {"block", "dispatch", "functional", "normalization", "validation"},
     "models": {"modules", "functional"},
     "patching": {"modules", "functional", "validation"},
+    "convert": {"patching"},
     "files": set(),
     "provenance": set(),
     "data": set(),

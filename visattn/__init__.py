@@ -1,6 +1,6 @@
 """Self-attention for feature maps: a drop-in layer on fused Triton kernels, with a PyTorch path for every other machine."""
 
-from . import functional, reference
+from . import convert, functional, reference
 from .dispatch import use_backend
 from .modules import Attention, ChannelAttention, SelfAttention2d, attention_rows, explain
 from .patching import PatchReport, patch_model, unpatch_model
@@ -12,6 +12,7 @@ __all__ = [
     "PatchReport",
     "SelfAttention2d",
     "attention_rows",
+    "convert",
     "explain",
     "functional",
     "patch_model",

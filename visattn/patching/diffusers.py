@@ -70,9 +70,12 @@ def recipe_of(module: Any) -> Recipe:
         ("norm_k", "it normalises its keys"),
         ("fused_projections", "its projections are fused; unfuse them first"),
         ("is_causal", "its attention is causal"),
+        ("dropout", "it drops part of its output at random"),
     ):
         if getattr(module, attribute, None):
             raise Unsuitable(reason)
+    if getattr(module, "inner_kv_dim", None) != getattr(module, "inner_dim", None):
+        raise Unsuitable("it has fewer heads of keys than of queries")
     if getattr(module, "group_norm", None) is None:
         raise Unsuitable("it takes tokens, not maps: it has no group norm")
     processor = type(module.processor)

@@ -84,7 +84,7 @@ FAMILIES = (
            orders=QKV_ORDERS),
     Family("timm Attention2d", packed="qkv", out="proj", afterwards=("proj_drop",), heads=("num_heads",), exchanged=PACKED,
            scales=("head",), orders=QKV_ORDERS, residuals=(False,), lookalike="a position bias handed in from outside is no parameter"),
-    Family("lucidrains Attention", packed="to_qkv", out="to_out", heads=("heads",), exchanged=PACKED, scales=("head",), orders=QKV_ORDERS,
+    Family("lucidrains Attention", packed="to_qkv", out="to_out", heads=("heads",), exchanged=PACKED, scales=("head",), orders=("3hd",),
            residuals=(False,), lookalike="linear attention has the same parameters"),
 )  # fmt: skip
 

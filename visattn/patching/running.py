@@ -38,18 +38,21 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
     return recipe.res_scale * (x + out if recipe.residual else out)
 
 
-def split(packed: Tensor, order: str, num_heads: int) -> tuple[Tensor, ...]:
+def split(packed: Tensor, order: str, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries', keys' and values' rows of a weight or bias (3·h·d, …) that holds them in `order`, each (h·d, …)."""
     sizes = {"3": 3, "h": num_heads, "d": packed.shape[0] // (3 * num_heads)}
-    return packed.unflatten(0, [sizes[axis] for axis in order]).movedim(order.index("3"), 0).flatten(1, 2).unbind(0)
+    q, k, v = packed.unflatten(0, [sizes[axis] for axis in order]).movedim(order.index("3"), 0).flatten(1, 2).unbind(0)
+    return q, k, v
 
 
-def _queries_keys_values(block: nn.Module, family: Family, recipe: Recipe) -> tuple[Tensor | None, ...]:
+def _queries_keys_values(
+    block: nn.Module, family: Family, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """`(w_q, w_k, w_v, b_q, b_k, b_v)`."""
     if family.packed:
         weight, bias = _projection(block, family.packed)
-        biases = (None,) * 3 if bias is None else split(bias, recipe.order, recipe.num_heads)
-        return *split(weight, recipe.order, recipe.num_heads), *biases
+        weights = split(weight, recipe.order, recipe.num_heads)
+        return *weights, *((None, None, None) if bias is None else split(bias, recipe.order, recipe.num_heads))
     (w_q, b_q), (w_k, b_k), (w_v, b_v) = (_projection(block, name) for name in family.projections)
     if recipe.exchanged:
         w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q
