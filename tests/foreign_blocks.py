@@ -94,6 +94,31 @@ class Fastai(nn.Module):
         return x + (self.gamma * (self.value(tokens) @ weights)).view_as(x)
 
 
+class SpectralWrapper(nn.Module):
+    """Spectral norm as a module around a layer, as SAGAN's authors' followers have it: a step of power iteration in every pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        weight = layer.weight.data
+        del layer.weight
+        layer.weight_bar = nn.Parameter(weight)
+        for name, size in (("weight_u", weight.shape[0]), ("weight_v", weight.shape[1])):
+            layer.register_parameter(name, nn.Parameter(nn.functional.normalize(torch.randn(size), dim=0), requires_grad=False))
+        self.module = layer
+
+    def _update_u_v(self) -> None:
+        layer = self.module
+        matrix = layer.weight_bar.flatten(1)
+        with torch.no_grad():
+            layer.weight_v.data = nn.functional.normalize(layer.weight_u @ matrix, dim=0)
+            layer.weight_u.data = nn.functional.normalize(matrix @ layer.weight_v, dim=0)
+        layer.weight = layer.weight_bar / (layer.weight_u @ matrix @ layer.weight_v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._update_u_v()
+        return self.module(x)
+
+
 class BigGANConv(nn.Conv2d):
     """A convolution with a spectral norm of its own, which changes its vector in training."""
 
@@ -308,9 +333,16 @@ class LinearAttention(Lucidrains):
         return self.to_out((context @ (q.softmax(2) * self.scale)).flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
+def wrapped(block: Sagan) -> Sagan:
+    """With spectral norm around each convolution."""
+    block.query_conv, block.key_conv, block.value_conv = map(SpectralWrapper, (block.query_conv, block.key_conv, block.value_conv))
+    return block
+
+
 C = 16
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "DANet": lambda: Sagan(C),
+    "SAGAN, wrapped": lambda: wrapped(Sagan(C)),
     "CCNet": lambda: CCNet(C),
     "fastai": lambda: Fastai(C),
     "BigGAN": lambda: BigGAN(C),

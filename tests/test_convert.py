@@ -16,6 +16,7 @@ HEADS = {"num_heads": 2, "out_proj": True}
 NORMED = {"norm_groups": 4, "out_proj": True}
 SETTINGS = {
     "DANet": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0},
+    "SAGAN, wrapped": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0},
     "fastai": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0, "bias": False},
     "BigGAN": BIGGAN,
     "StudioGAN": BIGGAN,

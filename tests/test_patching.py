@@ -46,7 +46,7 @@ def results(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     out = module(x)
     module.zero_grad()
     out.backward(make_map(*out.shape, seed=2))
-    found = {"out": out.detach(), "x": x.grad} | {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
+    found = {"out": out.detach(), "x": x.grad} | {f"gradient of {name}": p.grad for name, p in module.named_parameters() if p.requires_grad}
     return found | {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 

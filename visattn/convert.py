@@ -165,7 +165,7 @@ def _converted(state: State, family: Family, order: str, num_heads: int) -> Stat
 
 def _projection(state: State) -> tuple[Tensor, Tensor | None]:
     """Weight (O, C) and bias of one projection, or of a small stack that begins with one."""
-    for inner in ("0.", "conv."):
+    for inner in ("0.", "conv.", "module."):
         if any(key.startswith(inner) for key in state):
             return _projection(_below(state, inner))
     if "W" in state:
@@ -179,7 +179,7 @@ def _weight(state: State) -> Tensor:
     if "weight_g" in state or "original0" in made:
         size, direction = (made["original0"], made["original1"]) if made else (state["weight_g"], state["weight_v"])
         return (direction * (size / direction.flatten(1).norm(dim=1).view_as(size))).flatten(1)
-    original = made.get("original", state.get("weight_orig", state.get("weight")))
+    original = made.get("original", state.get("weight_orig", state.get("weight_bar", state.get("weight"))))
     if original is None:
         raise ValueError(f"no weight among {', '.join(sorted(state))}")
     matrix = original.flatten(1)
@@ -187,7 +187,7 @@ def _weight(state: State) -> Tensor:
     if left is None:
         return matrix
     left, right = left.flatten(), made.get("0._v", state.get("weight_v"))
-    if right is None:  # one more step of power iteration takes its place
+    if right is None or "weight_bar" in state:  # these make a step of power iteration in evaluation, too
         right = nn.functional.normalize(left @ matrix, dim=0)
         left = nn.functional.normalize(matrix @ right, dim=0)
     return matrix / (left @ matrix @ right)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .weights import Unsuitable, check_pointwise, check_projection, parts_of
+from .weights import Unsuitable, check_pointwise, check_projection, parts_of, unwrapped
 
 QKV_ORDERS = ("3hd", "h3d", "hd3")
 """How a projection to queries, keys and values at once counts its 3·h·d channels: what changes last comes last; h heads of d."""
@@ -132,7 +132,7 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
     if pools[0] != 1 or len(set(pools[1:])) > 1:
         raise Unsuitable(f"queries, keys and values are pooled by {pools}, where only keys and values alike may be")
     num_heads = next((getattr(block, name) for name in family.heads if hasattr(block, name)), 1)
-    channels, queries = _widths(parts[family.projections[0]].layer)
+    channels, queries = _widths(unwrapped(parts[family.projections[0]].layer))
     per_head = queries // (3 * num_heads) if family.packed else queries // num_heads
     scales = {"one": 1.0, "head": per_head**-0.5, "input": channels**-0.5}
     choices = product(
@@ -152,7 +152,7 @@ def _first_layer(module: nn.Module) -> nn.Module:
         return _first_layer(inner)
     if isinstance(module, nn.Sequential) and len(module):
         return _first_layer(module[0])
-    return module
+    return unwrapped(module)
 
 
 def _widths(layer: Any) -> tuple[int, int]:

@@ -64,10 +64,17 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def unwrapped(layer: Any) -> Any:
+    """The layer that a spectral norm has been put around as a module, or else the layer."""
+    return layer.module if _is_wrapper(layer) else layer
+
+
 def check_projection(layer: nn.Module, name: str) -> None:
-    """Raises Unsuitable unless the layer is a 1×1 convolution or a linear map, and nobody listens to it."""
+    """Raises Unsuitable unless the layer is a convolution or a linear map that nobody listens to."""
     kind = type(layer)
-    if kind.forward not in PLAIN_FORWARDS and not _makes_its_weight(layer) and not _is_transposed(layer):
+    if _is_wrapper(layer):
+        check_projection(unwrapped(layer), name)
+    elif kind.forward not in PLAIN_FORWARDS and not _makes_its_weight(layer) and not _is_transposed(layer):
         raise Unsuitable(f"{name} is a {kind.__name__}, which computes in a way of its own")
     if "forward" in layer.__dict__:
         raise Unsuitable(f"the forward method of {name} has been replaced")
@@ -79,6 +86,7 @@ def check_projection(layer: nn.Module, name: str) -> None:
 
 def check_pointwise(layer: nn.Module, name: str) -> None:
     """Raises Unsuitable if the layer is a convolution of anything but single pixels, all channels together."""
+    layer = unwrapped(layer)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         return
     settings = ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
@@ -94,6 +102,9 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     check_projection(layer, name)
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
+    if _is_wrapper(layer):
+        layer._update_u_v()
+        return read(layer.module, name)
     if _is_transposed(layer):
         return layer.W.mT, layer.b
     weight = layer.W_() if _makes_its_weight(layer) else layer.weight
@@ -103,6 +114,11 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
 def _makes_its_weight(layer: nn.Module) -> bool:
     """Whether it is a convolution whose method `W_` gives its weight divided by a running estimate of its norm."""
     return isinstance(layer, nn.Conv2d | nn.Conv1d) and callable(getattr(layer, "W_", None))
+
+
+def _is_wrapper(layer: nn.Module) -> bool:
+    """Whether it is a module around a layer whose weight it sets before it calls it, after a step of power iteration."""
+    return callable(getattr(layer, "_update_u_v", None)) and list(layer._modules) == ["module"]
 
 
 def _is_transposed(layer: nn.Module) -> bool:
