@@ -32,8 +32,13 @@ SHAPE = (2, C, 6, 4)
 
 
 def make(name: str, seed: int = 0) -> nn.Module:
+    """A block whose estimates of spectral norms have come near."""
     torch.manual_seed(seed)
-    return BLOCKS[name]().double()
+    block = BLOCKS[name]().double()
+    with torch.no_grad():
+        for _ in range(5):
+            block(make_map())
+    return block
 
 
 def make_map(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -81,6 +86,31 @@ def test_other_sizes(odd):
     original, x = copy.deepcopy(block), make_map(*odd)
     patched(block)
     torch.testing.assert_close(block(x), original(x))
+
+
+@pytest.mark.parametrize("shape", [(2, C, 7), (2, C, 3, 2, 2)])
+def test_tokens_that_are_no_map(shape):
+    block = make("guided-diffusion")
+    original, x = copy.deepcopy(block), make_map(*shape)
+    patched(block)
+    torch.testing.assert_close(block(x), original(x))
+
+
+@pytest.mark.parametrize("name", ["SAGAN", "guided-diffusion", "non-local", "fastai"])
+def test_where_a_patched_block_looks(name):
+    """Row by row what the block's own matrix says; asking moves no estimate of a spectral norm."""
+    block = Sagan(C, matrix=True).double() if name == "SAGAN" else make(name)
+    x, pixels = make_map(), torch.tensor([[0, 0], [5, 3], [2, 1]])
+    patched(block, attention_maps="skip")
+    before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+    rows = visattn.attention_rows(block, x, pixels)
+    torch.testing.assert_close(rows.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
+    assert "runs on the PyTorch path" in visattn.explain(block, x)
+    assert block.training
+    assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
+    if name == "SAGAN":
+        matrix = Sagan.branch(block, x)[1]
+        torch.testing.assert_close(rows.flatten(2), matrix[:, pixels[:, 0] * 4 + pixels[:, 1]])
 
 
 LOOKALIKES = {

@@ -38,6 +38,7 @@ class Family:
     orders: tuple[str, ...] = ("",)
     residuals: tuple[bool, ...] = (True,)
     res_scales: tuple[float, ...] = (1.0,)
+    takes_tokens: bool = False  # whether maps of any number of dimensions are flattened
     lookalike: str = ""  # what else has these parameters
 
     @property
@@ -71,7 +72,7 @@ FAMILIES = (
            normalize=EITHER, scales=("input", "one"), lookalike="attention between channels has the same parameters"),
     Family("SAGAN / DANet / CCNet", "query_conv", "key_conv", "value_conv", gamma="gamma", normalize=EITHER, lookalike=CRISS_CROSS),
     Family("SAGAN, long names", "query_convolution", "key_convolution", "value_convolution", gamma="gamma_parameter", normalize=EITHER),
-    Family("fastai / DeOldify", "query", "key", "value", gamma="gamma", exchanged=(True, False), normalize=EITHER),
+    Family("fastai / DeOldify", "query", "key", "value", gamma="gamma", exchanged=(True, False), normalize=EITHER, takes_tokens=True),
     Family("BigGAN", "theta", "phi", "g", out="o", gamma="gamma", pools=(2, 1)),
     Family("StudioGAN", "conv1x1_theta", "conv1x1_phi", "conv1x1_g", out="conv1x1_attn", gamma="sigma", pools=(2, 1)),
     Family("Non-local block", "theta", "phi", "g", out="W", lookalike=DOT_PRODUCT),
@@ -81,7 +82,7 @@ FAMILIES = (
     Family("DDPM", "proj_q", "proj_k", "proj_v", out="proj", norm="group_norm", scales=("head", "one")),
     Family("score_sde", "NIN_0", "NIN_1", "NIN_2", out="NIN_3", norm="GroupNorm_0", scales=("head",), res_scales=(1.0, 2**-0.5)),
     Family("guided-diffusion", packed="qkv", out="proj_out", norm="norm", heads=("num_heads",), exchanged=PACKED, scales=("head",),
-           orders=QKV_ORDERS),
+           orders=QKV_ORDERS, takes_tokens=True),
     Family("timm Attention2d", packed="qkv", out="proj", afterwards=("proj_drop",), heads=("num_heads",), exchanged=PACKED,
            scales=("head",), orders=QKV_ORDERS, residuals=(False,), lookalike="a position bias handed in from outside is no parameter"),
     Family("lucidrains Attention", packed="to_qkv", out="to_out", heads=("heads",), exchanged=PACKED, scales=("head",), orders=("3hd",),

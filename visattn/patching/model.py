@@ -52,7 +52,8 @@ def patch_model(model: nn.Module, *, attention_maps: str = "keep") -> PatchRepor
     parametrisations and batch norm behind the output projection stay live. Blocks are known by their parameters, and by what
     they compute: each is run on a small random map first, and left as it is unless the result is the same.
 
-    A patched block takes a map alone; a mask, or a request for the attention matrix, raises TypeError.
+    A patched block takes a map alone; a mask, or a request for the attention matrix, raises TypeError. `visattn.explain` and
+    `visattn.attention_rows` can be asked about it.
 
     Args:
         model: any module; searched with all that it contains.
@@ -69,11 +70,11 @@ def patch_model(model: nn.Module, *, attention_maps: str = "keep") -> PatchRepor
     report = PatchReport()
     inside_of_block: set[nn.Module] = set()
     for name, module in list(model.named_modules()):
-        if module in inside_of_block or isinstance(module, AttentionLayer):
+        patched = _is_patched(module)
+        if module in inside_of_block or (isinstance(module, AttentionLayer) and not patched):
             continue
         attends = diffusers.is_attention(module)
         family = None if attends else family_of(module)
-        patched = _is_patched(module)
         if attends or family or patched:
             inside_of_block.update(module.modules())
         try:

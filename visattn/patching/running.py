@@ -2,17 +2,19 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..modules import QueriesAndKeys
 from .families import BY_NAME, Family, Recipe
 from .weights import parts_of, read
 
 
 def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None) -> Tensor:
-    """What the block makes of the map x (N, C, H, W), by the recipe."""
+    """What the block makes of the map x (N, C, H, W), by the recipe; of x (N, C, …) where the block takes tokens of any kind."""
     family = BY_NAME[recipe.family]
+    if x.ndim != 4 and family.takes_tokens:
+        return run(block, recipe, x.flatten(2).unsqueeze(3), backend).reshape(x.shape)
     w_o, b_o, afterwards = _output(block, family)
     gamma = getattr(block, family.gamma) if family.gamma else None
     simple = not afterwards
@@ -24,7 +26,7 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
         gamma=gamma,
         scale=recipe.scale,
         num_heads=recipe.num_heads,
-        norm=_norm(block, family, x),
+        norm=_norm(block, family),
         pool=recipe.pool,
         residual=recipe.residual and simple,
         res_scale=recipe.res_scale if simple else 1.0,
@@ -36,6 +38,21 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
     for module in afterwards:
         out = module(out)
     return recipe.res_scale * (x + out if recipe.residual else out)
+
+
+def queries_and_keys(block: nn.Module, recipe: Recipe) -> QueriesAndKeys:
+    """What decides where the block looks. Asking changes nothing: spectral norm makes no step."""
+    family = BY_NAME[recipe.family]
+    training = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        w_q, w_k, w_v, b_q, b_k, _ = _queries_keys_values(block, family, recipe)
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    value_channels = w_v.shape[0] if family.out else None
+    norm = _norm(block, family)
+    return QueriesAndKeys(w_q, w_k, b_q, b_k, recipe.scale, recipe.normalize, recipe.num_heads, norm, recipe.pool, value_channels)
 
 
 def split(packed: Tensor, order: str, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,12 +90,8 @@ def _output(block: nn.Module, family: Family) -> tuple[Tensor | None, Tensor | N
     return *read(parts.layer, family.out), behind
 
 
-def _norm(block: nn.Module, family: Family, x: Tensor) -> Any:
-    """The normalisation of the input as an argument; its weights are kept in fp32 by some who compute in half precision."""
+def _norm(block: nn.Module, family: Family) -> functional.GroupNorm | None:
     if not family.norm:
         return None
     norm: Any = block.get_submodule(family.norm)
-    weight, bias = norm.weight, norm.bias
-    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    return functional.GroupNorm(norm.num_groups, weight, bias, norm.eps)
+    return functional.GroupNorm(norm.num_groups, norm.weight, norm.bias, norm.eps)

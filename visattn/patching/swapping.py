@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..modules import AttentionLayer, QueriesAndKeys
 from .families import Recipe
-from .running import run
+from .running import queries_and_keys, run
 
 
-class PatchedBlock(nn.Module):
+class PatchedBlock(AttentionLayer):
     """What a block of another class becomes, by a subclass of both: its own modules, parameters and hooks, this forward pass."""
 
     _visattn_original: type[nn.Module]
@@ -34,6 +35,9 @@ class PatchedBlock(nn.Module):
                 )
         out = run(self, self._visattn_recipe, x)
         return (out, None) if self._visattn_recipe.returns_pair else out
+
+    def queries_and_keys(self) -> QueriesAndKeys:
+        return queries_and_keys(self, self._visattn_recipe)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
