@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import visattn
+from visattn import use_backend
 
 from .foreign_blocks import (
     BLOCKS,
@@ -27,6 +28,7 @@ from .foreign_blocks import (
     Vqgan,
     pointwise,
 )
+from .oracle import recorded_backends
 
 SHAPE = (2, C, 6, 4)
 
@@ -111,6 +113,24 @@ def test_where_a_patched_block_looks(name):
     if name == "SAGAN":
         matrix = Sagan.branch(block, x)[1]
         torch.testing.assert_close(rows.flatten(2), matrix[:, pixels[:, 0] * 4 + pixels[:, 1]])
+
+
+@pytest.mark.parametrize("name", ["DANet", "CCNet"])
+def test_runs_on_the_backend_that_is_asked_for(name, backend, place):
+    """The probe does not: it is PyTorch on the CPU wherever the model is going to run."""
+    block = make(name).float().eval()
+    original, x = copy.deepcopy(block).double(), make_map()
+    with use_backend(backend), recorded_backends() as ran:
+        patched(block)
+        ran.clear()
+        block.to(place)
+        if name == "CCNet" and backend == "triton":
+            with pytest.raises(RuntimeError, match="softmax over the queries has no kernel"):
+                block(x.float().to(place))
+            return
+        out = block(x.float().to(place))
+    assert ran == [backend]
+    torch.testing.assert_close(out.cpu().double(), original(x), rtol=1e-5, atol=1e-5)
 
 
 LOOKALIKES = {
@@ -288,15 +308,66 @@ def test_hooks_on_a_block_stay():
     assert seen == [out]
 
 
-def test_hooks_that_would_see_nothing_are_no_secret():
+@pytest.mark.parametrize("name", ["key_conv", "softmax"])
+def test_hooks_that_would_see_nothing_are_no_secret(name):
     block = Sagan(C).double()
-    handle = block.key_conv.register_forward_hook(lambda *_: None)
-    assert "key_conv has hooks" in dict(visattn.patch_model(block).skipped)[""]
+    block.softmax = nn.Softmax(-1)
+    handle = block.get_submodule(name).register_forward_hook(lambda *_: None)
+    assert f"{name} has hooks" in dict(visattn.patch_model(block).skipped)[""]
     handle.remove()
     patched(block)
-    block.key_conv.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match="key_conv has hooks"):
+    block.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=f"{name} has hooks"):
         block(make_map())
+
+
+def test_hooks_behind_the_output_projection_run():
+    block, seen = make("non-local"), []
+    block.W[1].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    patched(block)
+    assert not seen
+    block(make_map())
+    assert len(seen) == 1
+
+
+def test_a_layer_that_is_replaced_later_raises():
+    """As when low-rank adapters are put around a patched block's projections."""
+    block = Sagan(C).double()
+    patched(block)
+    block.query_conv = type("Adapter", (nn.Conv2d,), {"forward": lambda self, x: super().forward(x) + 1})(C, 2, 1)
+    with pytest.raises(RuntimeError, match="query_conv is a Adapter"):
+        block(make_map())
+
+
+def test_a_wrapper_that_passes_questions_on_is_no_block():
+    model = nn.Sequential(torch.compile(Sagan(C).double(), backend="eager"))
+    inner, x = model[0]._orig_mod, make_map()
+    expected = model(x)
+    assert visattn.patch_model(model).replaced == ["0._orig_mod"]
+    assert visattn.explain(inner, x)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_half_precision_with_a_norm_in_single():
+    """Those who compute in half precision keep the norm's weights in fp32."""
+    block = make("VQGAN").to(torch.bfloat16)
+    block.norm.float()
+    patched(block)
+    out = block(make_map().to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    original = make("VQGAN")
+    patched(original)
+    torch.testing.assert_close(out.double(), original(make_map()), rtol=0.1, atol=0.1)
+
+
+def test_parametrising_a_patched_block_itself_has_to_be_undone_first():
+    block = Sagan(C)
+    patched(block)
+    torch.nn.utils.parametrize.register_parametrization(block, "gamma", nn.Identity())
+    with pytest.raises(RuntimeError, match="changed its class"):
+        visattn.unpatch_model(block)
+    torch.nn.utils.parametrize.remove_parametrizations(block, "gamma")
+    assert visattn.unpatch_model(block) == [""]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .weights import Unsuitable, check_pointwise, check_projection, parts_of, unwrapped
+from .weights import Unsuitable, check_pointwise, check_projection, check_unobserved, parts_of, unwrapped
 
 QKV_ORDERS = ("3hd", "h3d", "hd3")
 """How a projection to queries, keys and values at once counts its 3·h·d channels: what changes last comes last; h heads of d."""
@@ -101,11 +101,11 @@ def family_of(block: nn.Module) -> Family | None:
     """The family whose sub-modules the block has, None where it is no attention block of a map."""
     for family in FAMILIES:
         names = [*family.projections, *filter(None, (family.out, family.norm)), *family.afterwards]
-        if not all(isinstance(getattr(block, name, None), nn.Module) for name in names):
+        if not all(isinstance(block._modules.get(name), nn.Module) for name in names):
             continue
         if family.gamma and not isinstance(getattr(block, family.gamma, None), Tensor):
             continue
-        if not isinstance(_first_layer(getattr(block, family.projections[0])), nn.Linear):  # those take tokens, not maps
+        if not isinstance(_first_layer(block.get_submodule(family.projections[0])), nn.Linear):  # those take tokens, not maps
             return family
     return None
 
@@ -129,6 +129,8 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
         if parts[name].afterwards:
             raise Unsuitable(f"{name} holds a {type(parts[name].afterwards[0]).__name__}")
     _check_nothing_else(block, family)
+    behind = parts[family.out].afterwards if family.out else ()
+    check_unobserved(block, {*behind, *(block.get_submodule(name) for name in family.afterwards)})
     pools = [parts[name].pool for name in family.projections]
     if pools[0] != 1 or len(set(pools[1:])) > 1:
         raise Unsuitable(f"queries, keys and values are pooled by {pools}, where only keys and values alike may be")
@@ -148,8 +150,8 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
 
 def _first_layer(module: nn.Module) -> nn.Module:
     """The projection that a small stack begins with."""
-    inner = getattr(module, "conv", None)
-    if isinstance(inner, nn.Module):
+    inner = module._modules.get("conv")
+    if inner is not None:
         return _first_layer(inner)
     if isinstance(module, nn.Sequential) and len(module):
         return _first_layer(module[0])

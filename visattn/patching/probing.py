@@ -4,6 +4,7 @@ The block's own parameters would not do: a γ of zero, or a last projection of z
 to the bit: parameters, running statistics, vectors of spectral norm, training mode and the state of the random generator.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from .families import Recipe
 from .running import run
-from .weights import Unsuitable
+from .weights import MAKERS_OF_WEIGHTS, Unsuitable
 
 SHAPE = (2, 12, 10)
 """Maps, height and width: not square; even, because some that pool can only halve; and no multiple of a usual window."""
@@ -62,6 +63,8 @@ def matching_recipe(block: nn.Module, recipes: Iterable[Recipe], channels: int) 
         except Exception as error:
             raise Unsuitable(f"its forward method does not take a map alone: {type(error).__name__}: {error}") from error
         returns_pair = _is_pair(expected[True][0])
+        if returns_pair != _is_pair(expected[False][0]):
+            raise Unsuitable("it returns an attention matrix in one of training and evaluation only")
         for recipe in recipes:
             found = max(_difference(_Method(block, recipe), state, x, *expected[training], training) for training in (True, False))
             if found <= TOLERANCE:
@@ -73,8 +76,14 @@ def matching_recipe(block: nn.Module, recipes: Iterable[Recipe], channels: int) 
 
 @contextmanager
 def _left_as_it_was(block: nn.Module) -> Iterator[None]:
-    """Attributes of the block and its sub-modules are what they were, such as weights that hooks leave behind."""
+    """Attributes of the block and its sub-modules are what they were, such as weights that hooks leave behind.
+
+    Within, only hooks that make weights are called.
+    """
     before = {module: dict(module.__dict__) for module in block.modules()}
+    for module in before:
+        makers = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, MAKERS_OF_WEIGHTS)}
+        module.__dict__.update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict(makers))
     try:
         yield
     finally:
@@ -100,7 +109,7 @@ def _random_state(block: nn.Module, generator: torch.Generator) -> State:
 
 def _call(method: _Method, state: State, x: Tensor, training: bool) -> Any:
     """What the method returns with `state` for parameters and buffers, which it may change."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     method.block.train(training)
     return functional_call(method, state, (x.clone(),))
 

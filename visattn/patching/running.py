@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..modules import QueriesAndKeys
 from .families import BY_NAME, Family, Recipe
-from .weights import parts_of, read
+from .weights import check_unobserved, parts_of, read
 
 
 def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None) -> Tensor:
@@ -16,17 +17,24 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
     if x.ndim != 4 and family.takes_tokens:
         return run(block, recipe, x.flatten(2).unsqueeze(3), backend).reshape(x.shape)
     w_o, b_o, afterwards = _output(block, family)
+    check_unobserved(block, afterwards)
+    w_q, w_k, w_v, b_q, b_k, b_v = _queries_keys_values(block, family, recipe)
     gamma = getattr(block, family.gamma) if family.gamma else None
     simple = not afterwards
     out = functional.self_attention_2d(
         x,
-        *_queries_keys_values(block, family, recipe),
+        w_q,
+        w_k,
+        w_v,
+        b_q,
+        b_k,
+        b_v,
         w_o=w_o,
         b_o=b_o,
         gamma=gamma,
         scale=recipe.scale,
         num_heads=recipe.num_heads,
-        norm=_norm(block, family),
+        norm=_norm(block, family, w_q.dtype),
         pool=recipe.pool,
         residual=recipe.residual and simple,
         res_scale=recipe.res_scale if simple else 1.0,
@@ -51,7 +59,7 @@ def queries_and_keys(block: nn.Module, recipe: Recipe) -> QueriesAndKeys:
         for module, was_training in training.items():
             module.training = was_training
     value_channels = w_v.shape[0] if family.out else None
-    norm = _norm(block, family)
+    norm = _norm(block, family, w_q.dtype)
     return QueriesAndKeys(w_q, w_k, b_q, b_k, recipe.scale, recipe.normalize, recipe.num_heads, norm, recipe.pool, value_channels)
 
 
@@ -77,21 +85,27 @@ def _queries_keys_values(
 
 
 def _projection(block: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    return read(parts_of(block.get_submodule(name), name).layer, name)
+    return read(parts_of(_sub_module(block, name), name).layer, name)
+
+
+def _sub_module(block: nn.Module, name: str) -> Any:
+    return block._modules[name] if name in block._modules else block.get_submodule(name)
 
 
 def _output(block: nn.Module, family: Family) -> tuple[Tensor | None, Tensor | None, list[nn.Module]]:
     """Weight and bias of the output projection, and the modules behind it that change anything."""
     if not family.out:
         return None, None, []
-    parts = parts_of(block.get_submodule(family.out), family.out)
-    behind = [*parts.afterwards, *(block.get_submodule(name) for name in family.afterwards)]
+    parts = parts_of(_sub_module(block, family.out), family.out)
+    behind = [*parts.afterwards, *(_sub_module(block, name) for name in family.afterwards)]
     behind = [m for m in behind if not (isinstance(m, nn.Identity) or (isinstance(m, nn.Dropout | nn.Dropout2d) and m.p == 0))]
     return *read(parts.layer, family.out), behind
 
 
-def _norm(block: nn.Module, family: Family) -> functional.GroupNorm | None:
+def _norm(block: nn.Module, family: Family, dtype: torch.dtype) -> functional.GroupNorm | None:
+    """The normalisation as an argument; some keep its weights in fp32 and the rest in half precision."""
     if not family.norm:
         return None
-    norm: Any = block.get_submodule(family.norm)
-    return functional.GroupNorm(norm.num_groups, norm.weight, norm.bias, norm.eps)
+    norm = _sub_module(block, family.norm)
+    weight, bias = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+    return functional.GroupNorm(norm.num_groups, weight, bias, norm.eps)

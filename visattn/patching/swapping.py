@@ -51,7 +51,13 @@ def swap(block: nn.Module, recipe: Recipe) -> None:
 
 
 def swap_back(block: PatchedBlock) -> None:
-    """Makes it what it was."""
+    """Makes it what it was.
+
+    Raises:
+        RuntimeError: its class has been changed again since.
+    """
+    if type(block) is not _patched(block._visattn_original):  # type: ignore[arg-type]
+        raise RuntimeError(f"{type(block).__name__} was patched and then changed its class (parametrised, sharded); undo that first")
     block.__class__ = block._visattn_original  # type: ignore[assignment]
     del block.__dict__["_visattn_recipe"]
 

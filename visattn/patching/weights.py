@@ -1,5 +1,6 @@
 """What a foreign block's sub-modules hold: live weights, whichever way they are made, and what stands around a projection."""
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,15 +35,13 @@ def parts_of(module: nn.Module, name: str) -> Parts:
     Raises:
         Unsuitable: there is something in it that is not known here.
     """
-    if isinstance(module, nn.Sequential):
-        children = list(module.children())
-    elif isinstance(getattr(module, "conv", None), nn.Module):
-        children = list(module.children())  # a convolution and its norm, as libraries bundle them
-    else:
+    if not isinstance(module, nn.Sequential) and "conv" not in module._modules:  # as libraries bundle a convolution and its norm
         return Parts(module, 1, ())
+    children = list(module.children())
     if not children:
         raise Unsuitable(f"{name} is empty")
-    layer, pool, afterwards = *parts_of(children[0], name)[:2], list(parts_of(children[0], name).afterwards)
+    layer, pool, first = parts_of(children[0], name)
+    afterwards = list(first)
     for child in children[1:]:
         if isinstance(child, nn.MaxPool2d) and not afterwards:
             pool *= _pool_size(child, name)
@@ -70,18 +69,29 @@ def unwrapped(layer: Any) -> Any:
 
 
 def check_projection(layer: nn.Module, name: str) -> None:
-    """Raises Unsuitable unless the layer is a convolution or a linear map that nobody listens to."""
+    """Raises Unsuitable unless the layer is a convolution or a linear map."""
     kind = type(layer)
-    if _is_wrapper(layer):
-        check_projection(unwrapped(layer), name)
-    elif kind.forward not in PLAIN_FORWARDS and not _makes_its_weight(layer) and not _is_transposed(layer):
+    if kind.forward in PLAIN_FORWARDS or _makes_its_weight(layer) or _is_transposed(layer):
+        return
+    if not _is_wrapper(layer):
         raise Unsuitable(f"{name} is a {kind.__name__}, which computes in a way of its own")
-    if "forward" in layer.__dict__:
-        raise Unsuitable(f"the forward method of {name} has been replaced")
-    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        raise Unsuitable(f"{name} has hooks that look at its result, which would not be computed")
-    if layer._forward_pre_hooks and not all(isinstance(hook, MAKERS_OF_WEIGHTS) for hook in layer._forward_pre_hooks.values()):
-        raise Unsuitable(f"{name} has hooks that look at its input")
+    check_projection(unwrapped(layer), name)
+
+
+def check_unobserved(block: nn.Module, called: Container[nn.Module], prefix: str = "") -> None:
+    """Raises Unsuitable if somebody wants to see what goes into or comes out of a sub-module that is not among those called."""
+    for name, module in block._modules.items():
+        if module is None or module in called:
+            continue
+        held = module.__dict__  # nn.Module's own look-up takes longer, and this is done in every call
+        if "forward" in held:
+            raise Unsuitable(f"the forward method of {prefix}{name} has been replaced")
+        if held["_forward_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]:
+            raise Unsuitable(f"{prefix}{name} has hooks that look at its result, which is not computed on visattn")
+        if held["_forward_pre_hooks"] and not all(isinstance(hook, MAKERS_OF_WEIGHTS) for hook in held["_forward_pre_hooks"].values()):
+            raise Unsuitable(f"{prefix}{name} has hooks that look at its input")
+        if held["_modules"]:
+            check_unobserved(module, called, f"{prefix}{name}.")
 
 
 def check_pointwise(layer: nn.Module, name: str) -> None:
@@ -102,23 +112,23 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     check_projection(layer, name)
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
+    if type(layer).forward in PLAIN_FORWARDS:
+        weight = layer.weight
+        return weight.flatten(1) if weight.ndim == 3 else weight, layer.bias
     if _is_wrapper(layer):
         layer._update_u_v()
         return read(layer.module, name)
-    if _is_transposed(layer):
-        return layer.W.mT, layer.b
-    weight = layer.W_() if _makes_its_weight(layer) else layer.weight
-    return weight.flatten(1) if weight.ndim == 3 else weight, layer.bias
+    return (layer.W.mT, layer.b) if _is_transposed(layer) else (layer.W_(), layer.bias)
 
 
 def _makes_its_weight(layer: nn.Module) -> bool:
     """Whether it is a convolution whose method `W_` gives its weight divided by a running estimate of its norm."""
-    return isinstance(layer, nn.Conv2d | nn.Conv1d) and callable(getattr(layer, "W_", None))
+    return isinstance(layer, nn.Conv2d) and hasattr(type(layer), "W_")
 
 
 def _is_wrapper(layer: nn.Module) -> bool:
     """Whether it is a module around a layer whose weight it sets before it calls it, after a step of power iteration."""
-    return callable(getattr(layer, "_update_u_v", None)) and list(layer._modules) == ["module"]
+    return hasattr(type(layer), "_update_u_v") and list(layer._modules) == ["module"]
 
 
 def _is_transposed(layer: nn.Module) -> bool:
