@@ -252,15 +252,24 @@ class TimmAttention(nn.Module):
 
 
 class Vqgan(nn.Module):
+    """VQGAN's and latent diffusion's."""
+
+    NAMES = ("norm", "q", "k", "v", "proj_out")
+
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(4, channels, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (pointwise(channels, channels) for _ in range(4))
+        self.add_module(self.NAMES[0], nn.GroupNorm(4, channels, eps=1e-6))
+        for name in self.NAMES[1:]:
+            self.add_module(name, pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        branch = attend(self.q(h).flatten(2), self.k(h).flatten(2), self.v(h).flatten(2), x.shape[1] ** -0.5)[0]
-        return x + self.proj_out(branch.view_as(x))
+        norm, q, k, v, out = (self.get_submodule(name) for name in self.NAMES)
+        h = norm(x)
+        return x + out(attend(q(h).flatten(2), k(h).flatten(2), v(h).flatten(2), x.shape[1] ** -0.5)[0].view_as(x))
+
+
+class Ddpm(Vqgan):
+    NAMES = ("group_norm", "proj_q", "proj_k", "proj_v", "proj")
 
 
 class GuidedDiffusion(nn.Module):
@@ -333,6 +342,38 @@ class LinearAttention(Lucidrains):
         return self.to_out((context @ (q.softmax(2) * self.scale)).flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
+class EdmConv(nn.Module):
+    """A convolution that converts its weights to the dtype of the map, and might resample."""
+
+    def __init__(self, channels: int, out: int, kernel: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.up, self.down = channels, out, False, False
+        self.weight = nn.Parameter(torch.randn(out, channels, kernel, kernel) / (channels * kernel**2) ** 0.5)
+        self.bias = nn.Parameter(torch.randn(out) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.weight.shape[-1] // 2)
+
+
+class Edm(nn.Module):
+    """A residual block with attention at its end, which takes a vector as well."""
+
+    def __init__(self, channels: int, num_heads: int = 2) -> None:
+        super().__init__()
+        self.in_channels, self.num_heads, self.skip_scale = channels // 2, num_heads, 0.5**0.5
+        self.conv0, self.affine = EdmConv(channels // 2, channels, 3), nn.Linear(5, channels)
+        self.norm2 = nn.GroupNorm(4, channels)
+        self.qkv, self.proj = EdmConv(channels, 3 * channels, 1), EdmConv(channels, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.conv0(x), 0.2, self.training) + self.affine(emb)[:, :, None, None]
+        if self.num_heads:
+            q, k, v = (t.flatten(1, 2) for t in self.qkv(self.norm2(x)).flatten(2).unflatten(1, (self.num_heads, -1, 3)).unbind(3))
+            branch = attend(q, k, v, (q.shape[1] // self.num_heads) ** -0.5, self.num_heads)[0]
+            x = (x + self.proj(branch.view_as(x))) * self.skip_scale
+        return x
+
+
 def wrapped(block: Sagan) -> Sagan:
     """With spectral norm around each convolution."""
     block.query_conv, block.key_conv, block.value_conv = map(SpectralWrapper, (block.query_conv, block.key_conv, block.value_conv))
@@ -355,6 +396,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "timm Attention2d": lambda: TimmAttention(C),
     "timm Attention2d, new order": lambda: TimmAttention(C, head_first=False),
     "VQGAN": lambda: Vqgan(C),
+    "DDPM": lambda: Ddpm(C),
     "guided-diffusion": lambda: GuidedDiffusion(C),
     "guided-diffusion, new order": lambda: GuidedDiffusion(C, legacy=False),
     "score_sde": lambda: ScoreSde(C),

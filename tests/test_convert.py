@@ -28,6 +28,7 @@ SETTINGS = {
     "timm Attention2d": HEADS | {"residual": False},
     "timm Attention2d, new order": HEADS | {"residual": False},
     "VQGAN": NORMED,
+    "DDPM": NORMED,
     "guided-diffusion": HEADS | NORMED | {"norm_eps": 1e-5},
     "guided-diffusion, new order": HEADS | NORMED | {"norm_eps": 1e-5},
     "score_sde": NORMED | {"res_scale": 2**-0.5},

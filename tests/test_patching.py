@@ -19,6 +19,7 @@ from .foreign_blocks import (
     ChannelGram,
     CrissCross,
     DotProduct,
+    Edm,
     Fastai,
     LinearAttention,
     Lucidrains,
@@ -96,6 +97,46 @@ def test_tokens_that_are_no_map(shape):
     original, x = copy.deepcopy(block), make_map(*shape)
     patched(block)
     torch.testing.assert_close(block(x), original(x))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_attention_at_the_end_of_a_larger_block(training):
+    """The rest of the block is its own, dropout with the same random numbers included."""
+    torch.manual_seed(0)
+    block = Edm(C).double().train(training)
+    original, x, emb = copy.deepcopy(block), make_map(2, C // 2, 5, 4), make_map(2, 5)
+    patched(block)
+    for other in (block, pickle.loads(pickle.dumps(block)), copy.deepcopy(block)):
+        found = []
+        for model in (other, original):
+            torch.manual_seed(1)
+            out = model(x, emb)
+            found.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+    assert visattn.unpatch_model(block) == [""]
+    assert (type(block), block.num_heads) == (Edm, 2)
+
+
+def test_blocks_that_are_copied_in_a_way_of_their_own():
+    """As classes that keep their source code in pickles."""
+    block, x = OwnReduction(C).double(), make_map()
+    patched(block)
+    expected = block(x)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        torch.testing.assert_close(other(x), expected)
+        assert visattn.unpatch_model(other) == [""]
+        assert type(other) is OwnReduction
+
+
+class OwnReduction(Sagan):
+    def __reduce__(self):
+        return _remade, (C, self.__dict__)
+
+
+def _remade(channels: int, attributes: dict) -> nn.Module:
+    block = OwnReduction(channels)
+    block.__dict__.update(attributes)
+    return block
 
 
 @pytest.mark.parametrize("name", ["SAGAN", "guided-diffusion", "non-local", "fastai"])

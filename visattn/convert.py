@@ -9,12 +9,8 @@ from torch import Tensor, nn
 from .patching.families import BY_NAME, QKV_ORDERS, Family
 from .patching.running import split
 
-EDM = Family("EDM", packed="qkv", out="proj", norm="norm2", orders=("hd3",))
 OLD_DIFFUSERS = Family("diffusers, old names", "query", "key", "value", out="proj_attn", norm="group_norm")
-FAMILIES = {**BY_NAME, EDM.name: EDM, OLD_DIFFUSERS.name: OLD_DIFFUSERS}
-
-INSIDE_A_LARGER_BLOCK = (EDM.name,)
-"""Families whose keys stand among those of other layers."""
+FAMILIES = {**BY_NAME, OLD_DIFFUSERS.name: OLD_DIFFUSERS}
 
 BATCH_NORM_EPS = 1e-5
 """A state dict does not hold it; this is what everybody leaves it at."""
@@ -100,7 +96,7 @@ def _recognised(state: State, family: str | None, prefix: str) -> Family:
         raise ValueError(f"{expected}; the keys{beginning} are {', '.join(sorted(state)) or 'none'}")
     best = min(complete, key=lambda c: len(_unexpected(state, c)))
     unexpected = _unexpected(state, best)
-    if unexpected and best.name not in INSIDE_A_LARGER_BLOCK:
+    if unexpected and not best.behind:
         raise ValueError(f"the keys of {best.name} are there, and unexpected ones: {', '.join(unexpected)}; check the prefix {prefix!r}")
     return best
 

@@ -5,6 +5,7 @@ their parameters do not tell (which of two projections is the query, the scale, 
 and values) is listed as choices; `probing.py` finds out which one a block makes.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ class Family:
     residuals: tuple[bool, ...] = (True,)
     res_scales: tuple[float, ...] = (1.0,)
     takes_tokens: bool = False  # whether maps of any number of dimensions are flattened
+    behind: tuple[str, ...] = ()  # sub-modules that come before, where attention is the last part of a larger block
     lookalike: str = ""  # what else has these parameters
 
     @property
@@ -89,18 +91,23 @@ FAMILIES = (
            residuals=(False,), lookalike="linear attention has the same parameters"),
 )  # fmt: skip
 
+EDM = Family(
+    "EDM", packed="qkv", out="proj", norm="norm2", heads=("num_heads",), exchanged=PACKED, scales=("head",), orders=("hd3",),
+    behind=("conv0", "affine"),
+)  # fmt: skip
+
 DIFFUSERS = Family(
     "diffusers", "to_q", "to_k", "to_v", out="to_out.0", norm="group_norm", afterwards=("to_out.1",), heads=("heads",),
     exchanged=PACKED, scales=("head", "one"), residuals=(True, False),
 )  # fmt: skip
 
-BY_NAME = {family.name: family for family in (*FAMILIES, DIFFUSERS)}
+BY_NAME = {family.name: family for family in (*FAMILIES, EDM, DIFFUSERS)}
 
 
 def family_of(block: nn.Module) -> Family | None:
     """The family whose sub-modules the block has, None where it is no attention block of a map."""
-    for family in FAMILIES:
-        names = [*family.projections, *filter(None, (family.out, family.norm)), *family.afterwards]
+    for family in (*FAMILIES, EDM):
+        names = [*family.projections, *filter(None, (family.out, family.norm)), *family.afterwards, *family.behind]
         if not all(isinstance(block._modules.get(name), nn.Module) for name in names):
             continue
         if family.gamma and not isinstance(getattr(block, family.gamma, None), Tensor):
@@ -108,6 +115,14 @@ def family_of(block: nn.Module) -> Family | None:
         if not isinstance(_first_layer(block.get_submodule(family.projections[0])), nn.Linear):  # those take tokens, not maps
             return family
     return None
+
+
+def called_of(block: nn.Module, family: Family, afterwards: Iterable[nn.Module]) -> set[nn.Module]:
+    """The sub-modules that are still called: those behind the output projection, and those of the block that it is a part of."""
+    called = {*afterwards, *(block._modules[name] for name in family.afterwards if name in block._modules)}
+    if family.behind:
+        called.update(module for name, module in block._modules.items() if name not in (*family.projections, family.out, family.norm))
+    return {module for module in called if module is not None}
 
 
 def input_channels(block: nn.Module, family: Family) -> int:
@@ -128,9 +143,9 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
     for name in family.projections:
         if parts[name].afterwards:
             raise Unsuitable(f"{name} holds a {type(parts[name].afterwards[0]).__name__}")
-    _check_nothing_else(block, family)
-    behind = parts[family.out].afterwards if family.out else ()
-    check_unobserved(block, {*behind, *(block.get_submodule(name) for name in family.afterwards)})
+    if not family.behind:
+        _check_nothing_else(block, family)
+    check_unobserved(block, called_of(block, family, parts[family.out].afterwards if family.out else ()))
     pools = [parts[name].pool for name in family.projections]
     if pools[0] != 1 or len(set(pools[1:])) > 1:
         raise Unsuitable(f"queries, keys and values are pooled by {pools}, where only keys and values alike may be")

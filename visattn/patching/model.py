@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,9 +10,9 @@ from torch import nn
 from .. import validation
 from ..modules import AttentionLayer
 from . import diffusers
-from .families import Family, Recipe, family_of, input_channels, recipes_of
+from .families import DIFFUSERS, EDM, Family, Recipe, family_of, input_channels, recipes_of
 from .probing import matching_recipe
-from .swapping import PatchedBlock, swap, swap_back
+from .swapping import PatchedBlock, before_attention, swap, swap_back
 from .weights import Unsuitable
 
 
@@ -68,34 +69,25 @@ def patch_model(model: nn.Module, *, attention_maps: str = "keep") -> PatchRepor
     """
     validation.check_patching(model, attention_maps)
     report = PatchReport()
+    recipes: list[tuple[nn.Module, Recipe]] = []
     inside_of_block: set[nn.Module] = set()
-    for name, module in list(model.named_modules()):
-        patched = _is_patched(module)
-        if module in inside_of_block or (isinstance(module, AttentionLayer) and not patched):
+    for name, module in model.named_modules():
+        if module in inside_of_block:
             continue
-        attends = diffusers.is_attention(module)
-        family = None if attends else family_of(module)
-        if attends or family or patched:
-            inside_of_block.update(module.modules())
         try:
-            if patched:
-                raise Unsuitable("it runs on visattn already")
-            if attends:
-                recipe = diffusers.recipe_of(module)
-                diffusers.set_processor(module, recipe)
-            elif family:
-                recipe = _recipe_of(module, family, attention_maps)
-                swap(module, recipe)
-            else:
-                if _is_channel_attention(module):
-                    report.skipped.append((name, "it attends over channels: its matrix is C×C, and small"))
-                continue
+            recipe = _recipe_of(module, attention_maps)
         except Unsuitable as reason:
             report.skipped.append((name, str(reason)))
         else:
+            if recipe is None:
+                continue
+            recipes.append((module, recipe))
             report.replaced.append(name)
             report.notes[name] = _described(recipe)
-            report._modules.append(module)
+        inside_of_block.update(module.modules())
+    for module, recipe in recipes:
+        _replace(module, recipe)
+        report._modules.append(module)
     return report
 
 
@@ -107,19 +99,52 @@ def unpatch_model(model: nn.Module) -> list[str]:
     return names
 
 
-def _recipe_of(block: nn.Module, family: Family, attention_maps: str) -> Recipe:
-    if isinstance(block, torch.jit.ScriptModule):
+def _recipe_of(module: nn.Module, attention_maps: str) -> Recipe | None:
+    """How the module computes, None if it is no attention block.
+
+    Raises:
+        Unsuitable: it is one, and has to stay as it is.
+    """
+    if _is_patched(module):
+        raise Unsuitable("it runs on visattn already")
+    if isinstance(module, AttentionLayer):
+        return None
+    if diffusers.is_attention(module):
+        return diffusers.recipe_of(module)
+    if _is_channel_attention(module):
+        raise Unsuitable("it attends over channels: its matrix is C×C, and small")
+    family = family_of(module)
+    if family is None:
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
         raise Unsuitable("it is a script module, whose forward method cannot be replaced")
-    if "forward" in block.__dict__:
+    if "forward" in module.__dict__:
         raise Unsuitable("its forward method has been replaced already")
     try:
-        recipe = matching_recipe(block, recipes_of(block, family), input_channels(block, family))
+        recipe = _recipe_of_tail(module) if family.behind else _recipe_of_block(module, family)
     except Unsuitable as reason:
         hint = f" ({family.lookalike})" if family.lookalike and "something else" in str(reason) else ""
         raise Unsuitable(f"{reason}{hint}") from reason
     if recipe.returns_pair and attention_maps == "keep":
         raise Unsuitable('it returns its attention matrix; attention_maps="skip" returns None in its place, and saves the memory')
     return recipe
+
+
+def _recipe_of_block(block: nn.Module, family: Family) -> Recipe:
+    return matching_recipe(block, recipes_of(block, family), input_channels(block, family))
+
+
+def _recipe_of_tail(block: Any) -> Recipe:
+    """For a block that takes a map and a vector, and scales the sum by an attribute of its own."""
+    recipes = [recipe._replace(res_scale=float(block.skip_scale)) for recipe in recipes_of(block, EDM)]
+    return matching_recipe(block, recipes, block.in_channels, block.affine.in_features, before_attention)
+
+
+def _replace(module: nn.Module, recipe: Recipe) -> None:
+    if recipe.family == DIFFUSERS.name:
+        diffusers.set_processor(module, recipe)
+    else:
+        swap(module, recipe)
 
 
 def _is_patched(module: nn.Module) -> bool:

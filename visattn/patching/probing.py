@@ -5,7 +5,7 @@ to the bit: parameters, running statistics, vectors of spectral norm, training m
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,26 +27,34 @@ WARM_UP = 4
 """Passes in training mode before anything is compared, in which estimates of spectral norms find the random weights."""
 
 State = dict[str, Tensor]
+Inputs = tuple[Tensor, ...]
+Before = Callable[..., Tensor]
 
 
 class _Method(nn.Module):
-    """A block's forward method without the hooks on the block, or the recipe in its place."""
+    """A block's forward method without the hooks on the block, or the recipe in its place, on what `before` makes of the inputs."""
 
-    def __init__(self, block: nn.Module, recipe: Recipe | None = None) -> None:
+    def __init__(self, block: nn.Module, recipe: Recipe | None = None, before: Before | None = None) -> None:
         super().__init__()
         self.block = block
         self.recipe = recipe
+        self.before = before
 
-    @property
-    def adds_its_input(self) -> bool:
-        return self.recipe is not None and self.recipe.residual and self.recipe.res_scale == 1
-
-    def forward(self, x: Tensor) -> Any:
-        return self.block.forward(x) if self.recipe is None else run(self.block, self.recipe, x, backend="torch")
+    def forward(self, *inputs: Tensor) -> Any:
+        if self.recipe is None:
+            return self.block.forward(*inputs)
+        return run(self.block, self.recipe, self.before(self.block, *inputs) if self.before else inputs[0], backend="torch")
 
 
-def matching_recipe(block: nn.Module, recipes: Iterable[Recipe], channels: int) -> Recipe:
-    """The first recipe by which the block computes what it does with maps of so many channels, in training and in evaluation.
+def matching_recipe(
+    block: nn.Module, recipes: Iterable[Recipe], channels: int, vector: int | None = None, before: Before | None = None
+) -> Recipe:
+    """The first recipe by which the block computes what it does, in training and in evaluation.
+
+    Args:
+        block: takes a map of so many channels, and a vector of so many numbers for each map if there is one.
+        recipes: in the order in which they are tried.
+        before: what the recipe's map is made of the inputs with, where it is not the first of them.
 
     Raises:
         Unsuitable: none.
@@ -55,18 +63,20 @@ def matching_recipe(block: nn.Module, recipes: Iterable[Recipe], channels: int) 
     with _left_as_it_was(block), torch.no_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
         generator = torch.Generator("cpu").manual_seed(0)
         state = _random_state(block, generator)
-        x = torch.randn(SHAPE[0], channels, *SHAPE[1:], generator=generator, device="cpu")
+        shapes = [(SHAPE[0], channels, *SHAPE[1:])] + ([] if vector is None else [(SHAPE[0], vector)])
+        inputs = tuple(torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
         try:
             for _ in range(WARM_UP):
-                _call(_Method(block), state, x, training=True)
-            expected = {training: _called_on_a_copy(_Method(block), state, x, training) for training in (True, False)}
+                _call(_Method(block), state, inputs, training=True)
+            expected = {training: _called_on_a_copy(_Method(block), state, inputs, training) for training in (True, False)}
         except Exception as error:
             raise Unsuitable(f"its forward method does not take a map alone: {type(error).__name__}: {error}") from error
         returns_pair = _is_pair(expected[True][0])
         if returns_pair != _is_pair(expected[False][0]):
             raise Unsuitable("it returns an attention matrix in one of training and evaluation only")
         for recipe in recipes:
-            found = max(_difference(_Method(block, recipe), state, x, *expected[training], training) for training in (True, False))
+            method = _Method(block, recipe, before)
+            found = max(_difference(method, state, inputs, *expected[training], training) for training in (True, False))
             if found <= TOLERANCE:
                 return recipe._replace(returns_pair=returns_pair)
             closest = min(closest, found)
@@ -107,36 +117,37 @@ def _random_state(block: nn.Module, generator: torch.Generator) -> State:
     return state
 
 
-def _call(method: _Method, state: State, x: Tensor, training: bool) -> Any:
+def _call(method: _Method, state: State, inputs: Inputs, training: bool) -> Any:
     """What the method returns with `state` for parameters and buffers, which it may change."""
     torch.default_generator.manual_seed(0)
     method.block.train(training)
-    return functional_call(method, state, (x.clone(),))
+    return functional_call(method, state, tuple(tensor.clone() for tensor in inputs))
 
 
-def _called_on_a_copy(method: _Method, state: State, x: Tensor, training: bool) -> tuple[Any, State]:
+def _called_on_a_copy(method: _Method, state: State, inputs: Inputs, training: bool) -> tuple[Any, State]:
     """What the method returns, and what it leaves of a copy of `state`."""
     left = {name: tensor.clone() for name, tensor in state.items()}
-    return _call(method, left, x, training), left
+    return _call(method, left, inputs, training), left
 
 
-def _difference(method: _Method, state: State, x: Tensor, expected: Any, left: State, training: bool) -> float:
+def _difference(method: _Method, state: State, inputs: Inputs, expected: Any, left: State, training: bool) -> float:
     """How far the method is from the expected result, relative to its branch; infinite where that cannot be said."""
     try:
-        out, found_left = _called_on_a_copy(method, state, x, training)
+        out, found_left = _called_on_a_copy(method, state, inputs, training)
     except (ValueError, TypeError, RuntimeError):
         return float("inf")  # this recipe and these weights do not fit together
     wanted = expected[0] if _is_pair(expected) else expected
     if not isinstance(wanted, Tensor) or wanted.shape != out.shape or not wanted.isfinite().all():
         return float("inf")
-    scale = (wanted - x).norm() if method.adds_its_input else wanted.norm()
-    differences = [(out - wanted).norm() / scale.clamp(min=1e-3)]
-    differences += [
-        (found_left[name] - left[name]).norm() / left[name].norm().clamp(min=1e-3) for name in left if left[name].is_floating_point()
-    ]
-    return max(float(d) for d in differences)
+    x, recipe = inputs[0], method.recipe
+    shows_its_branch = method.before is None and recipe is not None and recipe.residual and recipe.res_scale == 1
+    pairs = [(out, wanted, wanted - x if shows_its_branch else wanted)]
+    pairs += [(found_left[name], tensor, tensor) for name, tensor in left.items() if tensor.is_floating_point()]
+    return max(float((found - right).norm() / size.norm().clamp(min=1e-3)) for found, right, size in pairs)
 
 
 def _is_pair(result: Any) -> bool:
     """Whether a map came with an attention matrix, (N, queries, keys)."""
-    return isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result) and result[0].ndim == 4
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(t, Tensor) for t in result)):
+        return False
+    return SHAPE[1] * SHAPE[2] in result[1].shape[-2:]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..modules import QueriesAndKeys
-from .families import BY_NAME, Family, Recipe
+from .families import BY_NAME, Family, Recipe, called_of
 from .weights import check_unobserved, parts_of, read
 
 
@@ -17,8 +17,11 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
     if x.ndim != 4 and family.takes_tokens:
         return run(block, recipe, x.flatten(2).unsqueeze(3), backend).reshape(x.shape)
     w_o, b_o, afterwards = _output(block, family)
-    check_unobserved(block, afterwards)
-    w_q, w_k, w_v, b_q, b_k, b_v = _queries_keys_values(block, family, recipe)
+    check_unobserved(block, called_of(block, family, afterwards))
+    operands: list[Any] = [*_queries_keys_values(block, family, recipe), w_o, b_o]
+    if family.behind:  # such blocks convert their weights to the dtype of the map
+        operands = [None if w is None else w.to(x.dtype) for w in operands]
+    w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o = operands
     gamma = getattr(block, family.gamma) if family.gamma else None
     simple = not afterwards
     out = functional.self_attention_2d(

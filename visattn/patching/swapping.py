@@ -4,14 +4,16 @@ The method is replaced by giving the block a subclass of its own class. An attri
 the original when `nn.DataParallel` replicates it; a class does not, and copies, pickles and compiles like any other.
 """
 
+import copyreg
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..modules import AttentionLayer, QueriesAndKeys
-from .families import Recipe
+from .families import BY_NAME, Recipe
 from .running import queries_and_keys, run
 
 
@@ -41,13 +43,29 @@ class PatchedBlock(AttentionLayer):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _new, (self._visattn_original, *reduced[1][1:]), *reduced[2:]
+        make, arguments, *state = reduced
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return _new, (self._visattn_recipe, self._visattn_original, *arguments[1:]), *state
+        return _made_and_swapped, (self._visattn_recipe, make, arguments), *state
+
+
+class PatchedTail(PatchedBlock):
+    """A PatchedBlock whose attention is the last part, and is left out by the original where there are no heads."""
+
+    @property
+    def num_heads(self) -> int:
+        """None for the original's forward method, whatever the block was told."""
+        return 0
+
+    def forward(self, x: Tensor, *further: Any, **named: Any) -> Any:
+        """What the original forward method takes, to what it gives."""
+        return run(self, self._visattn_recipe, self._visattn_original.forward(self, x, *further, **named))
 
 
 def swap(block: nn.Module, recipe: Recipe) -> None:
     """Makes the block a PatchedBlock."""
     block.__dict__["_visattn_recipe"] = recipe
-    block.__class__ = _patched(type(block))  # type: ignore[arg-type]
+    block.__class__ = _patched(type(block), _kind(recipe))  # type: ignore[arg-type]
 
 
 def swap_back(block: PatchedBlock) -> None:
@@ -56,22 +74,40 @@ def swap_back(block: PatchedBlock) -> None:
     Raises:
         RuntimeError: its class has been changed again since.
     """
-    if type(block) is not _patched(block._visattn_original):  # type: ignore[arg-type]
+    if type(block) is not _patched(block._visattn_original, _kind(block._visattn_recipe)):  # type: ignore[arg-type]
         raise RuntimeError(f"{type(block).__name__} was patched and then changed its class (parametrised, sharded); undo that first")
     block.__class__ = block._visattn_original  # type: ignore[assignment]
     del block.__dict__["_visattn_recipe"]
 
 
+def before_attention(block: Any, *inputs: Tensor) -> Tensor:
+    """What a block of which attention is the last part makes of its inputs before; for a probe, which nobody else sees."""
+    block.num_heads, num_heads = 0, block.num_heads
+    try:
+        return block.forward(*inputs)
+    finally:
+        block.num_heads = num_heads
+
+
+def _kind(recipe: Recipe) -> type[PatchedBlock]:
+    return PatchedTail if BY_NAME[recipe.family].behind else PatchedBlock
+
+
 @functools.cache
-def _patched(original: type[nn.Module]) -> type[nn.Module]:
+def _patched(original: type[nn.Module], kind: type[PatchedBlock]) -> type[nn.Module]:
     """The subclass; it goes by the name of the original, which some code looks at."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return types.new_class(
-        original.__name__, (PatchedBlock, original), exec_body=lambda body: body.update(names, _visattn_original=original)
-    )
+    return types.new_class(original.__name__, (kind, original), exec_body=lambda body: body.update(names, _visattn_original=original))
 
 
-def _new(original: type[nn.Module], *arguments: Any) -> nn.Module:
+def _new(recipe: Recipe, original: type[nn.Module], *arguments: Any) -> nn.Module:
     """An empty patched block, for what copies and unpickles."""
-    patched = _patched(original)  # type: ignore[arg-type]
+    patched = _patched(original, _kind(recipe))  # type: ignore[arg-type]
     return patched.__new__(patched, *arguments)
+
+
+def _made_and_swapped(recipe: Recipe, make: Callable[..., nn.Module], arguments: tuple) -> nn.Module:
+    """The same where the original is copied and unpickled in a way of its own."""
+    block = make(*arguments)
+    swap(block, recipe)
+    return block

@@ -70,11 +70,10 @@ def unwrapped(layer: Any) -> Any:
 
 def check_projection(layer: nn.Module, name: str) -> None:
     """Raises Unsuitable unless the layer is a convolution or a linear map."""
-    kind = type(layer)
-    if kind.forward in PLAIN_FORWARDS or _makes_its_weight(layer) or _is_transposed(layer):
+    if _is_plain(layer) or _makes_its_weight(layer) or _is_transposed(layer):
         return
     if not _is_wrapper(layer):
-        raise Unsuitable(f"{name} is a {kind.__name__}, which computes in a way of its own")
+        raise Unsuitable(f"{name} is a {type(layer).__name__}, which computes in a way of its own")
     check_projection(unwrapped(layer), name)
 
 
@@ -98,6 +97,9 @@ def check_pointwise(layer: nn.Module, name: str) -> None:
     """Raises Unsuitable if the layer is a convolution of anything but single pixels, all channels together."""
     layer = unwrapped(layer)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape[2:].numel() != 1:
+            raise Unsuitable(f"{name} is not a 1×1 convolution, its weight is {tuple(weight.shape)}")
         return
     settings = ((layer.kernel_size, 1), (layer.stride, 1), (layer.padding, 0))
     if layer.groups != 1 or any(isinstance(values, str) or set(values) != {usual} for values, usual in settings):
@@ -112,13 +114,20 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     check_projection(layer, name)
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
-    if type(layer).forward in PLAIN_FORWARDS:
+    if _is_plain(layer):
         weight = layer.weight
         return weight.flatten(1) if weight.ndim == 3 else weight, layer.bias
     if _is_wrapper(layer):
         layer._update_u_v()
         return read(layer.module, name)
     return (layer.W.mT, layer.b) if _is_transposed(layer) else (layer.W_(), layer.bias)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether it is its weight and its bias: a layer of PyTorch's, or EDM's convolution where it does not resample."""
+    if type(layer).forward in PLAIN_FORWARDS:
+        return True
+    return set(layer._parameters) == {"weight", "bias"} and [layer.__dict__.get(name) for name in ("up", "down")] == [False, False]
 
 
 def _makes_its_weight(layer: nn.Module) -> bool:
