@@ -81,11 +81,12 @@ class ChannelGram(nn.Module):
 class Fastai(nn.Module):
     """Convolutions of tokens without bias, spectral norm as a hook, and a softmax that makes a query of what is called key."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stacked: bool = False) -> None:
         super().__init__()
         widths = {"query": channels // 8, "key": channels // 8, "value": channels}
         for name, width in widths.items():
-            setattr(self, name, spectral_norm(nn.Conv1d(channels, width, 1, bias=False)))
+            layer = spectral_norm(nn.Conv1d(channels, width, 1, bias=False))
+            self.add_module(name, nn.Sequential(layer) if stacked else layer)
         self.gamma = nn.Parameter(torch.tensor([0.6]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -386,6 +387,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "SAGAN, wrapped": lambda: wrapped(Sagan(C)),
     "CCNet": lambda: CCNet(C),
     "fastai": lambda: Fastai(C),
+    "fastai, stacked": lambda: Fastai(C, stacked=True),
     "BigGAN": lambda: BigGAN(C),
     "StudioGAN": lambda: StudioGAN(C),
     "non-local": lambda: NonLocal(C),

@@ -18,6 +18,7 @@ SETTINGS = {
     "DANet": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0},
     "SAGAN, wrapped": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0},
     "fastai": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0, "bias": False},
+    "fastai, stacked": {"qk_channels": C // 8, "gamma": 0.0, "scale": 1.0, "bias": False},
     "BigGAN": BIGGAN,
     "StudioGAN": BIGGAN,
     "non-local": NON_LOCAL | {"scale": 1.0, "pool": 2},

@@ -113,6 +113,10 @@ def test_attention_at_the_end_of_a_larger_block(training):
             out = model(x, emb)
             found.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-11)
+    seen: list = []
+    block.conv0.register_forward_hook(lambda module, inputs, out: seen.append(out))  # it is still called
+    block(x, emb)
+    assert len(seen) == 1
     assert visattn.unpatch_model(block) == [""]
     assert (type(block), block.num_heads) == (Edm, 2)
 

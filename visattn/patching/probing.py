@@ -5,7 +5,7 @@ to the bit: parameters, running statistics, vectors of spectral norm, training m
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,7 +64,7 @@ def matching_recipe(
         generator = torch.Generator("cpu").manual_seed(0)
         state = _random_state(block, generator)
         shapes = [(SHAPE[0], channels, *SHAPE[1:])] + ([] if vector is None else [(SHAPE[0], vector)])
-        inputs = tuple(torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+        inputs = tuple(_normal(shape, generator) for shape in shapes)
         try:
             for _ in range(WARM_UP):
                 _call(_Method(block), state, inputs, training=True)
@@ -108,13 +108,17 @@ def _random_state(block: nn.Module, generator: torch.Generator) -> State:
     for name, parameter in block.named_parameters():
         if not parameter.is_floating_point() or isinstance(parameter, nn.UninitializedParameter):
             raise Unsuitable(f"its parameter {name} is {parameter.dtype} and made later or quantised, not a floating tensor")
-        noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+        noise = _normal(parameter.shape, generator)
         wide = parameter.ndim >= 2
         state[f"block.{name}"] = noise / parameter[0].numel() ** 0.5 if wide else 0.5 + 0.25 * noise
     for name, buffer in block.named_buffers():
-        copy = torch.ones(buffer.shape) if buffer.is_meta else buffer.detach().cpu().clone()
+        copy = torch.ones(buffer.shape, device="cpu") if buffer.is_meta else buffer.detach().cpu().clone()
         state[f"block.{name}"] = copy.float() if copy.is_floating_point() else copy
     return state
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _call(method: _Method, state: State, inputs: Inputs, training: bool) -> Any:
