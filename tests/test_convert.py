@@ -115,6 +115,12 @@ def test_safetensors_file(tmp_path):
     [
         ({}, Sagan(C).state_dict(), {}, "the block has gamma, the layer does not"),
         ({"gamma": 0.0}, Sagan(C).state_dict(), {}, r"conv_query.weight is \(2, 16\) in the block and \(16, 16, 1, 1\) in the layer"),
+        (
+            {"qk_channels": 4},
+            {**visattn.Attention(C).state_dict(), "conv_query.weight": torch.zeros(C, 4)},
+            {},
+            r"is \(16, 4\) in the block",
+        ),
         (NORMED, Vqgan(C).state_dict() | {"mem_kv": torch.zeros(2)}, {}, "unexpected ones: mem_kv"),
         (NORMED, {f"attn.{k}": v for k, v in Vqgan(C).state_dict().items()}, {}, "they are no known block's; the keys are attn.k.bias"),
         (NORMED, {"q.weight": torch.zeros(C, C)}, {"family": "VQGAN / LDM"}, "k, v, proj_out, norm of VQGAN / LDM are missing"),

@@ -48,7 +48,7 @@ def load(
     Raises:
         ValueError: the keys are no known block's, or do not fit the layer; the message names each. Nothing has been loaded.
     """
-    state = _below(_tensors(state_dict), prefix)
+    state = _widened(_below(_tensors(state_dict), prefix))
     known = _recognised(state, family, prefix)
     num_heads = getattr(layer, "num_heads", 1)
     found = _converted(state, known, _order(known, qkv_order, num_heads), num_heads)
@@ -61,12 +61,17 @@ def load(
     problems += [
         f"{name} is {tuple(found[name].shape)} in the block and {tuple(tensor.shape)} in the layer"
         for name, tensor in own.items()
-        if name in found and found[name].numel() != tensor.numel()
+        if name in found and _extents(found[name]) != _extents(tensor)
     ]
     if problems:
         raise ValueError(f"the block ({known.name}) does not fit {type(layer).__name__}: {'; '.join(problems)}")
     layer.load_state_dict({name: found[name].reshape(tensor.shape) for name, tensor in own.items()})
     return known.name
+
+
+def _extents(tensor: Tensor) -> tuple[int, ...]:
+    """The shape without ones, in which (O, C, 1, 1) and (O, C) are the same."""
+    return tuple(size for size in tensor.shape if size != 1)
 
 
 def _tensors(state_dict: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
@@ -77,6 +82,11 @@ def _tensors(state_dict: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tens
     from safetensors.torch import load_file
 
     return load_file(state_dict)
+
+
+def _widened(state: State) -> State:
+    """What is in half precision as fp32, so that norms are applied in it and the result rounded once."""
+    return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in state.items()}
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> State:
@@ -96,7 +106,7 @@ def _recognised(state: State, family: str | None, prefix: str) -> Family:
         raise ValueError(f"{expected}; the keys{beginning} are {', '.join(sorted(state)) or 'none'}")
     best = min(complete, key=lambda c: len(_unexpected(state, c)))
     unexpected = _unexpected(state, best)
-    if unexpected and not best.behind:
+    if unexpected and not best.ahead:
         raise ValueError(f"the keys of {best.name} are there, and unexpected ones: {', '.join(unexpected)}; check the prefix {prefix!r}")
     return best
 
@@ -195,6 +205,6 @@ def _folded(weight: Tensor, bias: Tensor | None, state: State) -> tuple[Tensor, 
     if end is None:
         return weight, bias
     norm = _below(state, end.removesuffix("running_var"))
-    factor = norm["weight"] * torch.rsqrt(norm["running_var"] + BATCH_NORM_EPS)
+    factor = norm.get("weight", 1.0) * torch.rsqrt(norm["running_var"] + BATCH_NORM_EPS)
     shift = -norm["running_mean"] if bias is None else bias - norm["running_mean"]
-    return weight * factor[:, None], norm["bias"] + factor * shift
+    return weight * factor[:, None], norm.get("bias", 0.0) + factor * shift

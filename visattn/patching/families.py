@@ -40,7 +40,7 @@ class Family:
     residuals: tuple[bool, ...] = (True,)
     res_scales: tuple[float, ...] = (1.0,)
     takes_tokens: bool = False  # whether maps of any number of dimensions are flattened
-    behind: tuple[str, ...] = ()  # sub-modules that come before, where attention is the last part of a larger block
+    ahead: tuple[str, ...] = ()  # sub-modules that come before, where attention is the last part of a larger block
     lookalike: str = ""  # what else has these parameters
 
     @property
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
 
 CRISS_CROSS = "criss-cross attention has the same parameters"
 EITHER = ("keys", "queries")
-PACKED = (False,)
+AS_NAMED = (False,)
 DOT_PRODUCT = "the dot-product form has the same parameters and no softmax"
 
 FAMILIES = (
@@ -83,22 +83,22 @@ FAMILIES = (
     Family("VQGAN / LDM", "q", "k", "v", out="proj_out", norm="norm", scales=("head", "one")),
     Family("DDPM", "proj_q", "proj_k", "proj_v", out="proj", norm="group_norm", scales=("head", "one")),
     Family("score_sde", "NIN_0", "NIN_1", "NIN_2", out="NIN_3", norm="GroupNorm_0", scales=("head",), res_scales=(1.0, 2**-0.5)),
-    Family("guided-diffusion", packed="qkv", out="proj_out", norm="norm", heads=("num_heads",), exchanged=PACKED, scales=("head",),
+    Family("guided-diffusion", packed="qkv", out="proj_out", norm="norm", heads=("num_heads",), exchanged=AS_NAMED, scales=("head",),
            orders=QKV_ORDERS, takes_tokens=True),
-    Family("timm Attention2d", packed="qkv", out="proj", afterwards=("proj_drop",), heads=("num_heads",), exchanged=PACKED,
+    Family("timm Attention2d", packed="qkv", out="proj", afterwards=("proj_drop",), heads=("num_heads",), exchanged=AS_NAMED,
            scales=("head",), orders=QKV_ORDERS, residuals=(False,), lookalike="a position bias handed in from outside is no parameter"),
-    Family("lucidrains Attention", packed="to_qkv", out="to_out", heads=("heads",), exchanged=PACKED, scales=("head",), orders=("3hd",),
+    Family("lucidrains Attention", packed="to_qkv", out="to_out", heads=("heads",), exchanged=AS_NAMED, scales=("head",), orders=("3hd",),
            residuals=(False,), lookalike="linear attention has the same parameters"),
 )  # fmt: skip
 
 EDM = Family(
-    "EDM", packed="qkv", out="proj", norm="norm2", heads=("num_heads",), exchanged=PACKED, scales=("head",), orders=("hd3",),
-    behind=("conv0", "affine"),
+    "EDM", packed="qkv", out="proj", norm="norm2", heads=("num_heads",), exchanged=AS_NAMED, scales=("head",), orders=("hd3",),
+    ahead=("conv0", "affine"),
 )  # fmt: skip
 
 DIFFUSERS = Family(
     "diffusers", "to_q", "to_k", "to_v", out="to_out.0", norm="group_norm", afterwards=("to_out.1",), heads=("heads",),
-    exchanged=PACKED, scales=("head", "one"), residuals=(True, False),
+    exchanged=AS_NAMED, scales=("head", "one"), residuals=(True, False),
 )  # fmt: skip
 
 BY_NAME = {family.name: family for family in (*FAMILIES, EDM, DIFFUSERS)}
@@ -107,7 +107,7 @@ BY_NAME = {family.name: family for family in (*FAMILIES, EDM, DIFFUSERS)}
 def family_of(block: nn.Module) -> Family | None:
     """The family whose sub-modules the block has, None where it is no attention block of a map."""
     for family in (*FAMILIES, EDM):
-        names = [*family.projections, *filter(None, (family.out, family.norm)), *family.afterwards, *family.behind]
+        names = [*family.projections, *filter(None, (family.out, family.norm)), *family.afterwards, *family.ahead]
         if not all(isinstance(block._modules.get(name), nn.Module) for name in names):
             continue
         if family.gamma and not isinstance(getattr(block, family.gamma, None), Tensor):
@@ -120,7 +120,7 @@ def family_of(block: nn.Module) -> Family | None:
 def called_of(block: nn.Module, family: Family, afterwards: Iterable[nn.Module]) -> set[nn.Module]:
     """The sub-modules that are still called: those behind the output projection, and those of the block that it is a part of."""
     called = {*afterwards, *(block._modules[name] for name in family.afterwards if name in block._modules)}
-    if family.behind:
+    if family.ahead:
         called.update(module for name, module in block._modules.items() if name not in (*family.projections, family.out, family.norm))
     return {module for module in called if module is not None}
 
@@ -143,7 +143,7 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
     for name in family.projections:
         if parts[name].afterwards:
             raise Unsuitable(f"{name} holds a {type(parts[name].afterwards[0]).__name__}")
-    if not family.behind:
+    if not family.ahead:
         _check_nothing_else(block, family)
     check_unobserved(block, called_of(block, family, parts[family.out].afterwards if family.out else ()))
     pools = [parts[name].pool for name in family.projections]

@@ -121,7 +121,7 @@ def _recipe_of(module: nn.Module, attention_maps: str) -> Recipe | None:
     if "forward" in module.__dict__:
         raise Unsuitable("its forward method has been replaced already")
     try:
-        recipe = _recipe_of_tail(module) if family.behind else _recipe_of_block(module, family)
+        recipe = _recipe_of_tail(module) if family.ahead else _recipe_of_block(module, family)
     except Unsuitable as reason:
         hint = f" ({family.lookalike})" if family.lookalike and "something else" in str(reason) else ""
         raise Unsuitable(f"{reason}{hint}") from reason

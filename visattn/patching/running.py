@@ -19,7 +19,7 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
     w_o, b_o, afterwards = _output(block, family)
     check_unobserved(block, called_of(block, family, afterwards))
     operands: list[Any] = [*_queries_keys_values(block, family, recipe), w_o, b_o]
-    if family.behind:  # such blocks convert their weights to the dtype of the map
+    if family.ahead:  # such blocks convert their weights to the dtype of the map
         operands = [None if w is None else w.to(x.dtype) for w in operands]
     w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o = operands
     gamma = getattr(block, family.gamma) if family.gamma else None

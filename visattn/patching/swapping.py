@@ -90,7 +90,7 @@ def before_attention(block: Any, *inputs: Tensor) -> Tensor:
 
 
 def _kind(recipe: Recipe) -> type[PatchedBlock]:
-    return PatchedTail if BY_NAME[recipe.family].behind else PatchedBlock
+    return PatchedTail if BY_NAME[recipe.family].ahead else PatchedBlock
 
 
 @functools.cache
