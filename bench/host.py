@@ -24,11 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from visattn import device, files, report
 
+from .environment import environment
 from .host_parts import CASES, COLDER, MODES, Case, Step, parts_of, stubbed_launches, with_graph
 
 TARGETS = {"forward": 20.0, "forward + backward": 60.0}
@@ -57,19 +59,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What was measured; where, as `environment` tells it; and how busy that machine was (load average over a minute)."""
+
+    environment: dict[str, Any]
+    load: float
+    rows: list[Row]
+
+
 def run(options: argparse.Namespace) -> int:
-    rows = measure()
-    print(markdown(rows))
+    figures = measure()
+    print(markdown(figures))
     if options.json:
-        write(options.json, rows)
+        write(options.json, figures)
     return 0
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    files.write(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+def write(path: Path, figures: Figures) -> None:
+    files.write(path, json.dumps(dataclasses.asdict(figures), indent=1) + "\n")
 
 
-def measure(cases: Sequence[Case] = tuple(CASES), rounds: int = ROUNDS) -> list[Row]:
+def read(path: Path) -> Figures:
+    """
+    Raises:
+        ValueError: the file is not one that `write` left.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return Figures(told["environment"], told["load"], [Row(**row) for row in told["rows"]])
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not hold figures of the host: {error}") from None
+
+
+def measure(cases: Sequence[Case] = tuple(CASES), rounds: int = ROUNDS) -> Figures:
     """All figures of all cases.
 
     Raises:
@@ -81,23 +104,24 @@ def measure(cases: Sequence[Case] = tuple(CASES), rounds: int = ROUNDS) -> list[
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # memory that no kernel has filled may hold them, and they are slow
     try:
+        load = os.getloadavg()[0]
         rows = [row for case in cases for mode in MODES for row in _measure_one(case, mode, rounds)]
-        return [_yardstick(rounds), *rows]
+        return Figures(environment(torch.device("cpu")), load, [_yardstick(rounds), *rows])
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(figures: Figures) -> str:
     """The wholes of all cases beside the targets, and the parts of the first two forms."""
-    wholes = []
+    wholes, rows, place = [], figures.rows, figures.environment
     for row in rows:
         if row.part == WHOLE:
             target = f"{TARGETS[row.mode]:.0f}" if row.mode in TARGETS else ""
             wholes.append([row.case, row.mode, *(f"{value:.1f}" for value in (row.p20, row.p50, row.p80)), target])
     text = [
-        f"Host overhead in µs a call, launches stubbed, CPU tensors in place of a GPU's; {device.describe(torch.device('cpu'))}, "
-        f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.\n",
+        f"Host overhead in µs a call, launches stubbed, CPU tensors in place of a GPU's; {place['device']}, torch {place['torch']}, "
+        f"commit {place['commit']}, load {figures.load:.1f} before.\n",
         report.markdown_table(["case", "mode", "p20", "p50", "p80", "target"], wholes),
     ]
     for case in dict.fromkeys(row.case for row in rows if row.part == UNEXPLAINED):

@@ -8,9 +8,9 @@ from pathlib import Path
 from visattn import files
 from visattn.report import markdown_table
 
-from . import charts, speed, summary
+from . import charts, host, speed, summary
 from .environment import slug
-from .rows import RESULTS, TIMED, Row, Rows, read
+from .rows import HOST_FILE, RESULTS, TIMED, Row, Rows, read
 
 MODES = {"forward": "forward, no gradients", "training": "forward and backward"}
 
@@ -38,21 +38,31 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_import(options: argparse.Namespace) -> int:
-    """Files rows under the name of their device.
+    """Files rows, and the host's figures where there are some, under the name of their device.
 
     Raises:
+        FileNotFoundError: there is neither.
         ValueError: some are quick ones, or come from code that is not in a commit; nothing is filed then.
     """
-    rows = read(options.folder / "rows.jsonl")
+    host_file = options.folder / HOST_FILE
+    figures = [host.read(host_file)] if host_file.exists() else []
+    rows = [] if figures and not (options.folder / "rows.jsonl").exists() else read(options.folder / "rows.jsonl")
+    environments = [row.environment for row in rows] + [measured.environment for measured in figures]
     quick = [row for row in rows if row.size != "full"]
-    unnamed = [row for row in rows if not row.environment.get("commit") or row.environment["commit"].endswith("+")]
+    unnamed = [e for e in environments if not e.get("commit") or e["commit"].endswith("+")]
     if quick:
         raise ValueError(f"{len(quick)} of {len(rows)} rows were measured with --quick or --toy, which are for looking only; run without")
     if unnamed:
-        raise ValueError(f"{len(unnamed)} of {len(rows)} rows come from no commit, or from one changed since; commit, then measure")
-    for device in sorted({row.environment["device"] for row in rows}):
+        raise ValueError(f"{len(unnamed)} of {len(environments)} rows come from no commit, or from one changed since; commit, then measure")
+    for device in sorted({e["device"] for e in environments}):
         folder = RESULTS / slug(device)
-        Rows(folder / "rows.jsonl").add(*(row for row in rows if row.environment["device"] == device))
+        folder.mkdir(parents=True, exist_ok=True)
+        of_device = [row for row in rows if row.environment["device"] == device]
+        if of_device:
+            Rows(folder / "rows.jsonl").add(*of_device)
+        for measured in figures:
+            if measured.environment["device"] == device:
+                host.write(folder / HOST_FILE, measured)
         print(f"filed under bench/results/{folder.name}")
     return 0
 
@@ -78,6 +88,8 @@ def _report(rows: list[Row], folder: Path) -> Iterator[str]:
     yield from _lengths(rows, folder)
     yield from _models(rows, folder)
     yield from _other_executions(rows)
+    if (folder / HOST_FILE).exists():
+        yield f"## What a call costs the host\n\n{host.markdown(host.read(folder / HOST_FILE))}\n"
     yield from _not_timed(rows)
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from visattn import files
 
+HOST_FILE = "host.json"
+"""What the host's figures are called beside rows.jsonl."""
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 TIMED, WRONG, CANNOT_RUN = "timed", "wrong", "cannot run"

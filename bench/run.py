@@ -11,7 +11,7 @@ from visattn.device import chosen_device
 from . import cases, environment, host, layers, model_steps, rows
 from .floors import measure_ceilings
 from .providers import PROVIDERS
-from .rows import Row
+from .rows import HOST_FILE, Row
 
 SECONDS = {"cpu": {"full": 3.0, "quick": 0.8, "toy": 0.0}, "cuda": {"full": 0.12, "quick": 0.05, "toy": 0.0}}
 """Of each timing."""
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         ours_failed |= row.provider == "visattn" and row.state != rows.TIMED
     if "host" in suites:
         measured = host.measure(rounds=3 if options.size == "toy" else host.ROUNDS)
-        host.write(options.out / "host.json", measured)
+        host.write(options.out / HOST_FILE, measured)
         console.print(host.markdown(measured), markup=False)
     return int(ours_failed)
 

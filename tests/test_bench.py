@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, charts, environment, floors, layers, problems, providers, report, rows, run, speed, summary, timing
+from bench import cases, charts, environment, floors, host, layers, problems, providers, report, rows, run, speed, summary, timing
 from visattn import reference
 
 CPU = torch.device("cpu")
@@ -205,6 +205,14 @@ def test_only_full_rows_of_a_commit_are_filed(tmp_path, monkeypatch):
     assert not (tmp_path / "results").exists()
     assert file(a_row()) == 0
     assert rows.read(tmp_path / "results" / "an-abacus" / "rows.jsonl") == [a_row()]
+
+    figures = host.Figures(HOW.environment, 0.5, [host.Row("a call", "forward", host.WHOLE, 1, 1.0, 2.0, 3.0)])
+    host.write(tmp_path / rows.HOST_FILE, figures)
+    assert file(a_row()) == 0
+    assert host.read(tmp_path / "results" / "an-abacus" / rows.HOST_FILE) == figures
+    host.write(tmp_path / rows.HOST_FILE, replace(figures, environment=HOW.environment | {"commit": None}))
+    with pytest.raises(ValueError, match="1 of 2 rows come from no commit"):
+        file(a_row())
 
 
 def test_the_whole_suite_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ Nothing here looks at a clock.
 import argparse
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -96,35 +95,38 @@ def test_every_part_is_found(case, mode):
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[host.Row]:
+def figures() -> host.Figures:
     return host.measure(host_parts.CASES[:1], rounds=2)
 
 
-def test_parts_make_up_the_whole(rows):
+def test_parts_make_up_the_whole(figures):
     for mode in host_parts.MODES:
-        figures = {row.part: row for row in rows if (row.case, row.mode) == (host_parts.CASES[0].name, mode)}
-        whole = figures.pop(host.WHOLE)
+        parts = {row.part: row for row in figures.rows if (row.case, row.mode) == (host_parts.CASES[0].name, mode)}
+        whole = parts.pop(host.WHOLE)
         for percentile in ("p20", "p50", "p80"):
-            total = sum(getattr(row, percentile) for row in figures.values())
+            total = sum(getattr(row, percentile) for row in parts.values())
             assert total == pytest.approx(getattr(whole, percentile))
         assert 0 < whole.p20 <= whole.p50 <= whole.p80
 
 
-def test_the_table_shows_every_part(rows):
-    table = host.markdown(rows)
+def test_the_table_shows_every_part(figures):
+    table = host.markdown(figures)
     assert "| yardstick |" in table
-    for row in rows:
+    for row in figures.rows:
         assert row.case in table
         assert row.part in table or row.part == host.WHOLE
 
 
-def test_command_line(rows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(host, "measure", lambda: rows)
+def test_command_line(figures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(host, "measure", lambda: figures)
     parser = argparse.ArgumentParser()
     host.configure(parser)
     assert host.run(parser.parse_args(["--json", str(tmp_path / "host.json")])) == 0
-    assert capsys.readouterr().out == host.markdown(rows) + "\n"
-    assert json.loads((tmp_path / "host.json").read_text()) == [dataclasses.asdict(row) for row in rows]
+    assert capsys.readouterr().out == host.markdown(figures) + "\n"
+    assert host.read(tmp_path / "host.json") == figures
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match="does not hold figures"):
+        host.read(tmp_path / "other.json")
 
 
 def test_measuring_the_interpreter_is_refused(monkeypatch):
