@@ -41,7 +41,7 @@ lint: $(VENV)/installed
 $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(IN)python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools wheel
-	$(IN)python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[train,dev]"
+	$(IN)python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[train,dev,test-models]"
 	touch $@
 
 $(COMPAT)/installed: setup.py pyproject.toml constraints-compat.txt
