@@ -207,7 +207,12 @@ def moments(d_q: Tensor, d_k: Tensor | None, tokens: Tensor, g: Tensor, y: Tenso
 
     # Gradients of keys sum to zero but for rounding, which is kept from meeting the mean of the map.
     key = None if d_k is None else products(d_k, tokens - tokens.mean(2, keepdim=True))
-    return Moments(products(d_q, tokens), d_q.sum((0, 2), dtype=wide), products(g, y), g.sum((0, 2), dtype=wide), key)
+    return Moments(products(d_q, tokens), _total(d_q, wide), products(g, y), _total(g, wide), key)
+
+
+def _total(tokens: Tensor, wide: torch.dtype) -> Tensor:
+    """The sum over all tokens of all maps (C). Summed with `wide` from the start, PyTorch would copy 16 bits to it, six times as slow."""
+    return tokens.sum(2).sum(0, dtype=wide)
 
 
 def _token_major(tokens: Tensor) -> Tensor:
