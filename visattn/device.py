@@ -73,10 +73,12 @@ def describe(device: torch.device) -> str:
     """What kind of processor it is, in words that can stand in a report."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread{'s' * (threads != 1)}"
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+            return f"{line.partition(':')[2].strip()}, {counted}"
+    return f"{platform.machine()}, {counted}"
 
 
 def kernel_target(device: torch.device) -> "Target":
