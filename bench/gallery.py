@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -46,7 +47,7 @@ class Row:
     bytes_*: of memory a step takes, None where the system does not tell. us_*: microseconds a step, the median. ratio_*: the time
     before over the time after, pair by pair. output_error: 2-norm of the difference over that of the unpatched output.
     gradient_error: the same of the gradient that is worst, None for a step without gradients. no_effect_*: the largest entry of a
-    gradient that is zero but for rounding. report: what `patch_model` told.
+    gradient that is zero but for rounding. report: what `patch_model` told. load: how busy the machine was (load average over a minute).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Row:
     no_effect_before: float | None
     no_effect_after: float | None
     report: str
+    load: float
     command: str
     environment: dict[str, Any]
 
@@ -160,7 +162,7 @@ def _peak_bytes(name: str, size: str, patched: bool) -> int | None:
 
 def _side_by_side(name: str, size: str) -> dict[str, Any]:
     """What a row says of times and results."""
-    example = EXAMPLES[name]
+    example, load = EXAMPLES[name], os.getloadavg()[0]
     before, x = _made(example, size)
     after = copy.deepcopy(before)
     report = visattn.patch_model(after, attention_maps=example.attention_maps)
@@ -178,6 +180,7 @@ def _side_by_side(name: str, size: str) -> dict[str, Any]:
         "ratio_p50": in_turn.ratio_p50,
         "ratio_p80": in_turn.ratio_p80,
         "report": str(report),
+        "load": load,
         "environment": environment(CPU),
     }
 
@@ -206,10 +209,12 @@ def section(rows: list[Row]) -> str:
     text += [f"Recognised are the blocks of {'; '.join(BY_NAME)}.\n"]
     sources = sorted({f"{e['device']}, torch {e['torch']}, commit `{e['commit']}`" for e in (row.environment for row in rows)})
     if sources:
+        busy = f"load average {min(row.load for row in rows):.1f} to {max(row.load for row in rows):.1f}"
         text += [
-            f"Measured: {'; '.join(sources)}, float32, `python -m bench gallery`. Memory is the peak of a step beyond what a process holds "
-            "that has made it before; steps before and after are timed in turn, and in brackets is how many times as quick (median, 20 % "
-            "and 80 % of the pairs). Differences are relative 2-norms against the model before, of the gradient that is worst.\n"
+            f"Measured: {'; '.join(sources)}, float32, {busy}, `python -m bench gallery`. Memory is the peak of a step beyond what a "
+            "process holds that has made it before; steps before and after are timed in turn, and in brackets is how many times as quick "
+            "(median, 20 % and 80 % of the pairs). Differences are relative 2-norms against the model before, of the gradient that is "
+            "worst.\n"
         ]
     missing = [f"`{name}`" for name in EXAMPLES if name not in {row.name for row in rows}]
     text += [

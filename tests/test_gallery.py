@@ -14,7 +14,7 @@ from bench.gallery_models import EXAMPLES, Result
 from bench.readme import README
 
 ROW = gallery.Row(
-    "sagan", "full", [2, 3, 256, 256], 1474 << 20, 115 << 20, 4.2e6, 2.1e6, 1.9, 2.0, 2.1, 5e-7, 4e-7, 9e-11, 0.0, "1 attention block",
+    "sagan", "full", [2, 3, 256, 256], 1474 << 20, 115 << 20, 4.2e6, 2.1e6, 1.9, 2.0, 2.1, 5e-7, 4e-7, 9e-11, 0.0, "1 attention block", 0.5,
     "python -m bench gallery", {"device": "an abacus", "commit": "abcdef0", "torch": "2"},
 )  # fmt: skip
 
