@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
             check_filing(row.size, row.environment["commit"])
         print(f"{name}: {in_words(row)}", flush=True)
         rows[name] = row
-    write(options.out, [rows[name] for name in EXAMPLES if name in rows])
+        write(options.out, [rows[name] for name in EXAMPLES if name in rows])  # at once: a run that is stopped keeps what it has
     return 0
 
 
