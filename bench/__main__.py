@@ -6,7 +6,7 @@ import sys
 
 from visattn.device import chosen_device
 
-from . import gallery, host, profiling, report, run, static
+from . import gallery, host, profiling, report, run, static, tune
 from .environment import environment
 
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "report": ("tables and pictures of rows, and the README's section", report.configure, report.run),
     "import": ("file rows under the name of their device", report.configure_import, report.run_import),
     "static": ("what the kernels compile to for a device that need not be here, and what bounds them", static.configure, static.run),
+    "tune": ("block sizes by measurement, on a GPU", tune.configure, tune.run),
     "host": ("what a call costs before a kernel runs, and where it goes", host.configure, host.run),
     "gallery": ("models of other people before and after patch_model, and the README's section", gallery.configure, gallery.run),
     "profile": ("which kernels a step launches, and how long each takes", profiling.configure, profiling.run),

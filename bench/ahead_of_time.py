@@ -63,15 +63,24 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that a launcher asked for: the kernel, its arguments by name, and its options."""
+    """A launch that a launcher asked for: the kernel, its arguments by name, its options, and how many programs."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, int | bool]
+    grid: tuple[int, ...]
 
     @property
     def name(self) -> str:
         return self.kernel.__name__
+
+    def start(self) -> Any:
+        """Launches it on the device at hand; returns the compiled kernel."""
+        return self.kernel.run(grid=self.grid, warmup=False, **self.arguments, **self.options)
+
+    def compile(self) -> None:
+        """Compiles it for the device at hand, as `start` would."""
+        self.kernel.run(grid=self.grid, warmup=True, **self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
@@ -103,13 +112,16 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def caught_launches() -> Iterator[list[Launch]]:
-    """Within the block nothing is launched; every launch that was asked for is in the list."""
+def caught_launches(start: bool = False) -> Iterator[list[Launch]]:
+    """Every launch that is asked for within the block is in the list; unless `start`, none takes place."""
     launches: list[Launch] = []
+    run = JITFunction.run
 
-    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in set(kwargs) - set(self.arg_names)}
-        launches.append(Launch(self, dict(zip(self.arg_names, args, strict=False)) | kwargs, options))
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        options = {name: kwargs[name] for name in set(kwargs) - set(self.arg_names)}
+        arguments = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
+        launches.append(Launch(self, arguments, options, grid))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs) if start else None
 
     with mock.patch.object(JITFunction, "run", catch):
         yield launches
