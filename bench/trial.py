@@ -24,7 +24,7 @@ from .ahead_of_time import Compiled, Device, Launch, caught_launches, compile_la
 from .candidates import Entry
 from .cases import DTYPES, Case
 from .problems import Problem, Truth
-from .providers import PROVIDERS, Built, first_line
+from .providers import PROVIDERS, Built
 
 Errors = list[dict[str, float]]  # of each case of an entry
 
@@ -88,6 +88,7 @@ class Stage:
     naive: dict[str, float]
 
     def run(self) -> None:
+        """A forward and a backward pass on random numbers, so that what is timed with them does no work on zeros."""
         layers.calls(self.built, self.problem)[0]()
 
     def errors(self) -> dict[str, float]:
@@ -116,12 +117,14 @@ class GpuTrial:
         try:
             for index, stage in enumerate(self.stages):
                 with self._in_force(config), caught_launches(start=True) as started:
-                    errors.append(stage.errors())
+                    stage.run()
                 launch = launch_of(self.entry, started)
                 compiled = launch.start()
                 used = compiled.n_regs, compiled.metadata.shared
                 if compiled.n_spills:
                     return Verdict(f"spills {compiled.n_spills}", errors, *used)
+                with self._in_force(config):
+                    errors.append(stage.errors())
                 case = stage.problem.case
                 wrong = problems.complaints(errors[index], stage.naive, case.precision)
                 wrong += problems.complaints(errors[index], limits[index], case.precision) if limits else []
@@ -130,7 +133,7 @@ class GpuTrial:
                 self.launches[config, index] = launch
         except Exception as error:
             timing.synchronize(stage.problem.d_out.device)  # a device that is dead ends the run
-            return Verdict(f"{type(error).__name__}: {first_line(error)}", errors)
+            return Verdict(in_words(error), errors)
         return Verdict(None, errors, *used)
 
     def time(self, config: kernels.LaunchConfig, case: int) -> float:
@@ -187,7 +190,10 @@ class RehearsalTrial:
         if not self.rehearsal.compiles:
             return Verdict(None, [])
         self.rehearsal.compiles -= 1
-        compiled = compiled_for(self.entry, config, self.rehearsal.device)
+        try:
+            compiled = compiled_for(self.entry, config, self.rehearsal.device)
+        except Exception as error:
+            return Verdict(in_words(error), [])
         used = compiled.registers, compiled.shared_memory
         if compiled.spills:
             return Verdict(f"spills {compiled.spills}", [], *used)
@@ -230,6 +236,11 @@ def launch_of(entry: Entry, launches: list[Launch]) -> Launch:
     raise RuntimeError(
         f"the layer launched no {entry.function}, but {', '.join(sorted({launch.name for launch in launches})) or 'nothing'}"
     )
+
+
+def in_words(error: Exception) -> str:
+    """Triton shows the source first and says what is wrong with it last."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:200]
 
 
 def compiled_for(entry: Entry, config: kernels.LaunchConfig, device: Device) -> Compiled:
