@@ -240,7 +240,8 @@ def launch_of(entry: Entry, launches: list[Launch]) -> Launch:
 
 def in_words(error: Exception) -> str:
     """Triton shows the source first and says what is wrong with it last."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:200]
+    *_, last = ["", *str(error).strip().splitlines()]
+    return f"{type(error).__name__}: {last}"[:200]
 
 
 def compiled_for(entry: Entry, config: kernels.LaunchConfig, device: Device) -> Compiled:

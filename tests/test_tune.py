@@ -306,7 +306,7 @@ def test_a_candidate_is_dropped_with_its_reason(fault, reason, stubbed_gpu, monk
     if fault == "compiler":
 
         def run(*_, **__):
-            raise RuntimeError("no such tile\nat all")
+            raise RuntimeError("at 44:24:\nno such tile")
 
         monkeypatch.setattr(JITFunction, "run", run)
     verdict = opened.judge(PRESENT, [{"branch": 1e-3}, {"branch": 1e-3}])
