@@ -69,13 +69,20 @@ def identity(source: str, environment: dict[str, Any]) -> tuple[Any, ...]:
 
 
 class Rows:
-    """A file of rows, one JSON object a line, written anew with each row so that it is whole at any moment."""
+    """A file of rows, one JSON object a line, written anew with each row so that it is whole at any moment.
+
+    Raises:
+        ValueError: the file there is not one of rows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[tuple[Any, ...], Row] = {}
         if path.exists():
-            found = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            try:
+                found = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            except (TypeError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} does not hold rows of this tool: {error}") from None
             self.rows = {row.key: row for row in found}
 
     def add(self, row: Row) -> None:

@@ -211,6 +211,13 @@ def test_what_was_measured_of_something_else_is_measured_again(what, tmp_path, m
     assert len(kept.rows) == 2
 
 
+def test_candidates_are_timed_in_turn_and_back():
+    order = []
+    stub = SimpleNamespace(time=lambda config, case: order.append(config) or float(len(order)))
+    assert tune.timed_in_turn(stub, list("abc"), 0, rounds=4) == {"a": [1, 6, 7, 12], "b": [2, 5, 8, 11], "c": [3, 4, 9, 10]}
+    assert "".join(order) == "abccbaabccba"
+
+
 def test_a_machine_that_fails_leaves_a_row_with_the_reason(tmp_path, monkeypatch):
     machine = rehearsal()
     monkeypatch.setattr(machine, "open", lambda _: torch.empty(2**62))
@@ -287,6 +294,8 @@ def test_a_trial_times_the_candidates_own_kernel_and_no_other(entry, stubbed_gpu
         assert opened.time(config, case) == 2.0
         ((name, kwargs),) = stubbed_gpu.launched
         assert (name, kwargs["num_warps"]) == (entry.function, 16)
+        widths = {tensor.shape[-1] for tensor in kwargs.values() if isinstance(tensor, torch.Tensor)}
+        assert {36, 81} & widths == {(36, 81)[case]}
 
 
 @pytest.mark.parametrize(
