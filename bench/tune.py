@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     rows = tune(chosen, machine, kept, 60 * options.minutes)
     text = proposals(rows, machine)
     files.write(options.out / "proposals.txt", text + "\n")
-    print(text)
+    print(f"\n{text}")
     return int(any(row.reason for row in rows))
 
 
@@ -212,7 +212,7 @@ def in_words(row: Row) -> str:
 
 def proposals(rows: list[Row], machine: Machine) -> str:
     """What the rows speak for, as text for the tables. Sizes that two dtypes of a class do not agree on stay as they are."""
-    lines: list[str] = []
+    lines = [f"Measured on {machine.environment['device']}, triton {machine.environment['triton']}"]
     classes: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         classes.setdefault((row.form, entry_of(row).operands(machine.target(entry_of(row))), row.channels), []).append(row)
