@@ -22,6 +22,7 @@ from .primitives import (
     load_tile,
     locate,
     project_there_and_back,
+    row_sums,
     store_tile,
     tile_offsets,
 )
@@ -95,7 +96,7 @@ def accumulate_query_gradient(
         d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
     rounded = d_s.to(x.dtype)
     acc = tl.dot(rounded, tl.trans(x), acc, input_precision=INPUT_PRECISION)
-    return acc, row_sum + tl.sum(rounded.to(tl.float32), 1)
+    return acc, row_sum + row_sums(rounded)
 
 
 @triton.jit

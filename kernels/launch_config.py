@@ -125,8 +125,8 @@ def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target
     else:
         operands, precision = ("tf32" if target.fp32_precision == "tf32" else "fp32"), target.fp32_precision
     block_c = block_channels(num_channels)
-    if precision == "bf16x6" and block_c == 256:
-        precision = "tf32x3"  # of fp32 class as well, and two parts of an operand take fewer registers than three
+    if precision == "bf16x6" and block_c >= _TF32X3_FROM[target.architecture]:
+        precision = "tf32x3"
     row = table[target.architecture, operands][block_c]
     configs = []
     for block_m, block_n, block_k, block_d, num_warps, num_stages, *registers in row:
@@ -138,6 +138,10 @@ def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target
 _Sizes = tuple[int, ...]
 _Row = tuple[_Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
 _Table = dict[tuple[str, str], dict[int, _Row]]
+
+# From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
+# registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
+_TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}
 
 ALL = 256  # a tile of tokens stays in registers with all its channels
 
@@ -156,15 +160,18 @@ _TABLE: _Table = {
         16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
         32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
         64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 32, ALL, 32, 4, 2)),
+        128: ((128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (128, 32, ALL, 16, 8, 1),
+              (32, 128, ALL, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
         256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
     },
     ("hopper", "fp32"): {
         16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
         32: ((64, 32, ALL, 16, 4, 2, 255), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 1),
              (32, 64, ALL, 16, 4, 2, 255), (32, 32, ALL, 32, 4, 2, 255)),
-        64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
-        128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+        64: ((64, 64, 32, 16, 4, 1, 255), (64, 64, 32, 32, 4, 1, 255), (64, 64, 32, 16, 4, 1, 255),
+             (32, 64, 32, 16, 4, 1, 255), (64, 32, ALL, 32, 4, 2)),
+        128: ((128, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (128, 16, 32, 16, 8, 1, 255),
+              (16, 64, 16, 16, 8, 1, 255), (64, 32, ALL, 32, 4, 2)),
         256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
               (16, 32, 16, 16, 8, 1), (32, 32, ALL, 32, 8, 1)),
     },
@@ -214,14 +221,19 @@ _TABLE: _Table = {
     },
 }  # fmt: skip
 
-# Blackwell takes Hopper's sizes, but for two kernels that would spill there.
+# Blackwell takes Hopper's sizes, but for rows that would spill there or that were only counted on Hopper.
 _TABLE |= {("blackwell", operands): _TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
 _TABLE["blackwell", "half"] = _TABLE["hopper", "half"] | {
     256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
 }
 _TABLE["blackwell", "tf32"] = _TABLE["hopper", "tf32"] | {
+    128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 32, ALL, 32, 4, 2)),
     256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
 }
+_TABLE["blackwell", "fp32"] = _TABLE["hopper", "fp32"] | {
+    64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+    128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+}  # fmt: skip
 
 # The kernels with projected keys; the order of a row is
 #     qkv projection, forward, prepare, query gradient, key and value gradient,
@@ -236,17 +248,17 @@ _PROJECTED_TABLE: _Table = {
     ("hopper", "tf32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
         64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        128: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),
+        128: ((64, 64, ALL, 16, 4, 1), (128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, 64, 16, 4, 1)),
         256: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1),
-             (64, 32, 32, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
+             (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1)),
     },
     ("hopper", "fp32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1),
              (64, 32, ALL, 16, 4, 2, 255), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2, 255), (64, 64, ALL, 32, 4, 1),
-             (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255)),
-        128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-             (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
+        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 32, 4, 1),
+             (64, 32, ALL, 16, 4, 1, 255), (32, 64, 32, 16, 4, 1, 255)),
+        128: ((64, 64, ALL, 16, 8, 1), (128, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+              (64, 32, 32, 16, 4, 1, 255), (16, 64, 32, 16, 8, 1, 255)),
         256: ((64, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
              (16, 32, 16, 16, 8, 1, 255), (16, 16, 32, 16, 8, 1, 255)),
     },
@@ -291,3 +303,14 @@ _PROJECTED_TABLE |= {("blackwell", operands): _PROJECTED_TABLE["hopper", operand
 _PROJECTED_TABLE["blackwell", "half"] = _PROJECTED_TABLE["hopper", "half"] | {
     256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
 }
+_PROJECTED_TABLE["blackwell", "tf32"] = _PROJECTED_TABLE["hopper", "tf32"] | {
+    128: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),
+    256: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1),
+          (64, 32, 32, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
+}  # fmt: skip
+_PROJECTED_TABLE["blackwell", "fp32"] = _PROJECTED_TABLE["hopper", "fp32"] | {
+    64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2, 255), (64, 64, ALL, 32, 4, 1),
+         (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255)),
+    128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
+          (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
+}  # fmt: skip

@@ -43,6 +43,20 @@ def store_tile(ptr, offsets, tile, offs_c, offs_l, num_channels: tl.constexpr, n
 
 
 @triton.jit
+def row_sums(tile):
+    """Sums (ROWS) of a tile (ROWS, COLUMNS) in fp32, of the numbers as its dtype has rounded them.
+
+    bf16 is the upper half of fp32: shifting it there is exact, while the instruction that converts it takes the place of
+    an exponential.
+    """
+    if tile.dtype == tl.bfloat16:
+        wide = (tile.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = tile.to(tl.float32)
+    return tl.sum(wide, 1)
+
+
+@triton.jit
 def load_rows(w_ptr, offs_rows, offs_cols, num_rows: tl.constexpr, num_cols: tl.constexpr):
     """Rows `(BLOCK_ROWS, BLOCK_COLS)` of a contiguous matrix `(num_rows, num_cols)`, zero outside of it."""
     inside = (offs_rows < num_rows)[:, None] & (offs_cols < num_cols)[None, :]

@@ -21,6 +21,7 @@ from .primitives import (
     locate,
     project_back,
     project_tile,
+    row_sums,
     store_tile,
     tile_offsets,
 )
@@ -92,7 +93,7 @@ def accumulate_projected_query_gradient(
         d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
     rounded = d_s.to(k.dtype)
     acc = tl.dot(rounded, tl.trans(k), acc, input_precision=INPUT_PRECISION)
-    return acc, row_sum + tl.sum(rounded.to(tl.float32), 1)
+    return acc, row_sum + row_sums(rounded)
 
 
 @triton.jit

@@ -220,6 +220,15 @@ def compiled(target: str, index: int):
     return launch, result, work_of_tile(instructions, main_loop(instructions), tile_of(launch), num_warps)
 
 
+def test_row_sums_in_bf16_leave_the_exponentials_their_pipe():
+    """Converting the rounded weights back took as many cycles of it as the exponentials."""
+    launch, result, found = compiled("sm_90", 2)
+    assert result.name == "query_gradient_kernel"
+    lanes = launch.options["num_warps"] * 32
+    assert found.categories["conversion"] == 0
+    assert found.categories["mufu"] * lanes == tile_of(launch).elements
+
+
 @pytest.mark.parametrize(("target", "index", "dots"), [("sm_90", 0, 2), ("sm_90", 3, 4), ("sm_80", 0, 2)])
 def test_compiled_loops_do_the_arithmetic_of_their_tile(target, index, dots):
     launch, result, found = compiled(target, index)
