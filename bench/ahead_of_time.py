@@ -175,6 +175,40 @@ def layer_launches(
     return launches
 
 
+def token_launches(
+    device: Device,
+    dtype: torch.dtype,
+    qk_channels: int,
+    value_channels: int,
+    queries: int = 1024,
+    keys: int = 1024,
+    *,
+    highest: bool = True,
+    channels_last: bool = False,
+) -> list[Launch]:
+    """Every launch of one forward and backward pass of attention on tokens, with heads of these widths.
+
+    In channels_last all tensors are as a single head has them whose map lies so in memory.
+    """
+
+    def tokens(channels: int, length: int) -> torch.Tensor:
+        shape = (2, length, channels) if channels_last else (2, channels, length)
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        return empty.transpose(1, 2) if channels_last else empty
+
+    configs = kernels.token_configs(qk_channels, value_channels, dtype, device.kernel_target(highest))
+    q, d_q = (tokens(qk_channels, queries) for _ in range(2))
+    k, d_k = (tokens(qk_channels, keys) for _ in range(2))
+    v, d_v = (tokens(value_channels, keys) for _ in range(2))
+    y, d_y = (tokens(value_channels, queries) for _ in range(2))
+    c = torch.empty(2, value_channels, dtype=dtype, device="meta")
+    lse = torch.empty(2, queries, dtype=torch.float32, device="meta")
+    with caught_launches() as launches:
+        kernels.token_attention_forward(q, k, v, c, y, lse, config=configs.forward)
+        kernels.token_attention_backward(q, k, v, c, d_y, y, lse, d_q, d_k, d_v, scale=0.125, configs=configs)
+    return launches
+
+
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """Compiles a caught launch for `device` and reads what became of it.
 

@@ -20,7 +20,7 @@ import triton
 from visattn import files
 from visattn.provenance import commit
 
-from .ahead_of_time import DEVICES, Compiled, Device, Launch, compile_launch, layer_launches
+from .ahead_of_time import DEVICES, Compiled, Device, Launch, compile_launch, layer_launches, token_launches
 from .disassembly import Instruction, Work, main_loop, parse
 from .static_tables import markdown, passes_table, rows_table
 from .throughput import MACHINES, machine, predict, residency
@@ -50,13 +50,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--qk", choices=("full", "eighth", "both"), default="both",
         help="channels of queries and keys: as many as the map, an eighth, projected, or both",
     )  # fmt: skip
+    parser.add_argument(
+        "--heads", nargs="+", type=int, default=[], metavar="CHANNELS",
+        help="attention on queries, keys and values as well, of as many channels a head, 1 to 128",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the tables; 1 where a default configuration spills, with a sentence that names it."""
-    forms = list(_forms(options.channels, options.qk))
+    forms = [*_forms(options.channels, options.qk), *((width, None) for width in options.heads)]
     rows = list(_compiled(options.target, options.dtype, forms, options.jobs))
     print(rows_table(rows))
     try:
@@ -98,7 +102,7 @@ def _forms(channels: Iterable[int], qk: str) -> Iterator[tuple[int, int]]:
             yield width, narrow
 
 
-def _compiled(target: str, dtypes: list[str], forms: list[tuple[int, int]], jobs: int) -> Iterator[Row]:
+def _compiled(target: str, dtypes: list[str], forms: list[tuple[int, int | None]], jobs: int) -> Iterator[Row]:
     tasks = [(target, dtype, width, qk) for dtype in dtypes for width, qk in forms]
     if jobs == 1:
         for task in tasks:
@@ -109,12 +113,15 @@ def _compiled(target: str, dtypes: list[str], forms: list[tuple[int, int]], jobs
             yield from rows
 
 
-def rows_of(target: str, dtype: str, channels: int, qk_channels: int) -> list[Row]:
-    """One row for each kernel of the layer's forward and backward pass."""
+def rows_of(target: str, dtype: str, channels: int, qk_channels: int | None) -> list[Row]:
+    """One row for each kernel of the layer's forward and backward pass; without qk_channels of attention on tokens, heads of `channels`."""
     device = DEVICES[target]
     torch_dtype, highest = DTYPES[dtype]
-    launches = layer_launches(device, torch_dtype, channels, qk_channels=qk_channels, highest=highest)
-    head = {"target": target, "dtype": dtype, "channels": channels, "qk_channels": qk_channels}
+    if qk_channels is None:
+        launches = token_launches(device, torch_dtype, channels, channels, highest=highest)
+    else:
+        launches = layer_launches(device, torch_dtype, channels, qk_channels=qk_channels, highest=highest)
+    head = {"target": target, "dtype": dtype, "channels": channels, "qk_channels": qk_channels or channels}
     return [head | row(launch, compile_launch(launch, device), device, dtype == "fp32-highest") for launch in launches]
 
 

@@ -41,14 +41,19 @@ def rows_table(rows: Iterable[Row]) -> str:
 
 
 def heading(row: Row) -> str:
-    width = f"C = {row['channels']}"
+    width = f"heads of {row['channels']}" if _on_tokens(row) else f"C = {row['channels']}"
     if row["qk_channels"] != row["channels"]:
         width += f", queries and keys projected to {row['qk_channels']}"
     return f"{row['target']} {row['dtype']} {width}"
 
 
 def _form(row: Row) -> tuple[Any, ...]:
-    return row["target"], row["dtype"], row["channels"], row["qk_channels"]
+    return row["target"], row["dtype"], row["channels"], row["qk_channels"], _on_tokens(row)
+
+
+def _on_tokens(row: Row) -> bool:
+    """Whether it is one of the kernels on queries, keys and values that exist."""
+    return row["kernel"] in ("token_attention_forward", "token_query_gradient", "token_key_value_gradient")
 
 
 def _cells(row: Row) -> list[str]:
@@ -88,7 +93,8 @@ def passes(rows: Iterable[Row]) -> list[Row]:
     """
     found = []
     for _, group in groupby(rows, key=_form):
-        loops = {r["kernel"].removeprefix("projected_"): r for r in group if r["prediction"] and r["prediction"]["floor"]}
+        counted = [r for r in group if r["prediction"] and r["prediction"]["floor"]]
+        loops = {r["kernel"].removeprefix("projected_").removeprefix("token_"): r for r in counted}
         for name, kernels in (("forward", ["attention_forward"]), ("backward", ["query_gradient", "key_value_gradient"])):
             if all(kernel in loops for kernel in kernels):
                 found.append(_pass(name, [loops[kernel] for kernel in kernels]))
@@ -112,6 +118,7 @@ def _pass(name: str, loops: Sequence[Row]) -> Row:
     )
     bounds = ", ".join(r["prediction"]["bound"] for r in loops)
     form = {key: first[key] for key in ("target", "dtype", "channels", "qk_channels")}
+    form["on_tokens"] = _on_tokens(first)
     return form | {"pass": name, "bound": bounds, "cycles": pace, "floor": floor, "share": floor / pace, "share_alone": floor / serial}
 
 
@@ -120,7 +127,7 @@ _PASS_HEADER = ["dtype", "C", "queries, keys", "pass", "cycles a 64×64 pairs", 
 
 def _pass_cells(p: Row) -> list[str]:
     alone = f"{p['share_alone']:.0%}" if p["share_alone"] < p["share"] else ""
-    qk = "folded" if p["qk_channels"] == p["channels"] else str(p["qk_channels"])
+    qk = "of heads" if p["on_tokens"] else "folded" if p["qk_channels"] == p["channels"] else str(p["qk_channels"])
     return [
         p["dtype"],
         str(p["channels"]),

@@ -18,6 +18,9 @@ _DOTS = {
     "projected_attention_forward_kernel": ("D C_V", 1),
     "projected_query_gradient_kernel": ("D C_V D", 2),
     "projected_key_value_gradient_kernel": ("D C_V C_V D", 2),
+    "token_attention_forward_kernel": ("D C_V", 1),
+    "token_query_gradient_kernel": ("D C_V D", 2),
+    "token_key_value_gradient_kernel": ("D C_V D C_V", 2),
 }
 _BLOCKS = {"C": "BLOCK_C", "D": "BLOCK_D", "C_V": "BLOCK_CV"}
 

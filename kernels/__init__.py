@@ -7,14 +7,17 @@ from .launch_config import (
     LaunchConfig,
     ProjectedConfigs,
     Target,
+    TokenConfigs,
     backward_configs,
     forward_config,
     projected_configs,
     projects_keys,
+    token_configs,
 )
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
 from .qkv_projection import Projection, qkv_projection
+from .token_attention import token_attention_backward, token_attention_forward
 from .token_moments import token_moments
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "ProjectedConfigs",
     "Projection",
     "Target",
+    "TokenConfigs",
     "attention_backward",
     "attention_forward",
     "backward_configs",
@@ -32,5 +36,8 @@ __all__ = [
     "projected_configs",
     "projects_keys",
     "qkv_projection",
+    "token_attention_backward",
+    "token_attention_forward",
+    "token_configs",
     "token_moments",
 ]

@@ -75,6 +75,15 @@ class ProjectedConfigs:
     key_value_gradient: LaunchConfig
 
 
+@dataclass(frozen=True)
+class TokenConfigs:
+    """One configuration for each kernel of attention on tokens."""
+
+    forward: LaunchConfig
+    query_gradient: LaunchConfig
+    key_value_gradient: LaunchConfig
+
+
 def block_channels(num_channels: int) -> int:
     """Channels of a tile: the next power of two, and at least the 16 that a dot needs."""
     return max(16, 1 << (num_channels - 1).bit_length())
@@ -115,6 +124,17 @@ def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> 
     return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
 
 
+@functools.cache
+def token_configs(qk_channels: int, value_channels: int, dtype: torch.dtype, target: Target) -> TokenConfigs:
+    """The configurations of the kernels on tokens for queries and keys of 1 to 128 channels, and values of 1 to 256.
+
+    A row of the tables is for values of its width and keys of up to half of it. Values that are no wider than the keys fill one half.
+    """
+    block_d, block_cv = block_channels(qk_channels), block_channels(value_channels)
+    table = _EQUAL_WIDTHS_TABLE if block_cv <= block_d else _TOKEN_TABLE
+    return TokenConfigs(*_rows(table, max(32, 2 * block_d, block_cv), dtype, target))
+
+
 def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
     return _rows(_TABLE, num_channels, dtype, target)
 
@@ -136,7 +156,7 @@ def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target
 
 
 _Sizes = tuple[int, ...]
-_Row = tuple[_Sizes, _Sizes, _Sizes, _Sizes, _Sizes]
+_Row = tuple[_Sizes, ...]
 _Table = dict[tuple[str, str], dict[int, _Row]]
 
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
@@ -314,3 +334,86 @@ _PROJECTED_TABLE["blackwell", "fp32"] = _PROJECTED_TABLE["hopper", "fp32"] | {
     128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
           (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
 }  # fmt: skip
+
+# The kernels on tokens; the order of a row is
+#     forward, query gradient, key and value gradient,
+# and a row holds for queries and keys of any width up to half of that of the values.
+_TOKEN_TABLE: _Table = {
+    ("hopper", "half"): {
+        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1)),
+    },
+    ("hopper", "tf32"): {
+        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        128: ((64, 32, 64, 16, 8, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),
+        256: ((64, 32, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
+    },
+    ("hopper", "fp32"): {
+        32: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 16, 4, 2, 255), (16, 32, ALL, 16, 4, 1)),
+        64: ((64, 32, ALL, 16, 8, 2, 255), (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
+        128: ((64, 32, 32, 16, 8, 1, 255), (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
+        256: ((32, 16, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255), (16, 16, 32, 16, 8, 1, 255)),
+    },
+    ("ampere", "half"): {
+        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
+        128: ((64, 32, ALL, 32, 8, 2), (64, 32, ALL, 32, 4, 2), (32, 32, 64, 16, 8, 1)),
+        256: ((32, 32, 128, 16, 8, 1), (32, 32, 128, 16, 8, 1), (16, 16, 64, 16, 8, 1)),
+    },
+    ("ampere", "tf32"): {
+        32: ((64, 64, ALL, 16, 4, 2), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 32, ALL, 16, 8, 2), (32, 32, 32, 16, 8, 1)),
+        128: ((32, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1, 255), (16, 32, 64, 16, 8, 1)),
+        256: ((16, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
+    },
+    ("ampere", "fp32"): {
+        32: ((64, 32, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
+        64: ((32, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255)),
+        128: ((32, 32, 16, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
+        256: ((32, 16, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
+    },
+    ("cdna", "half"): {
+        32: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 1)),
+        64: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
+        128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1)),
+        256: ((64, 32, ALL, 32, 4, 2), (64, 16, ALL, 32, 4, 2), (32, 16, ALL, 16, 4, 1)),
+    },
+    ("cdna", "fp32"): {
+        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
+        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 32, 32, 16, 8, 1)),
+        128: ((16, 32, ALL, 16, 4, 2), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2)),
+        256: ((16, 32, ALL, 16, 4, 2), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1)),
+    },
+}  # fmt: skip
+_TOKEN_TABLE |= {("blackwell", operands): _TOKEN_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
+_TOKEN_TABLE["blackwell", "half"] = _TOKEN_TABLE["hopper", "half"] | {
+    32: ((64, 64, ALL, 32, 4, 2, 255), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
+    256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
+}
+
+# Of values and keys of one width, half of that of a row, tiles would stay in registers that the row reads step by step, and some do
+# not fit: shorter steps then. Hopper's of 128 channels in 16 bits fit into four warps, of which none repeats another's work.
+_EQUAL_WIDTHS_TABLE: _Table = dict(_TOKEN_TABLE)
+_EQUAL_WIDTHS_TABLE["hopper", "half"] = _TOKEN_TABLE["hopper", "half"] | {
+    256: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
+}
+_EQUAL_WIDTHS_TABLE["hopper", "tf32"] = _TOKEN_TABLE["hopper", "tf32"] | {
+    256: ((64, 32, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 4, 1)),
+}
+_EQUAL_WIDTHS_TABLE["blackwell", "half"] = _TOKEN_TABLE["blackwell", "half"] | {
+    256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2, 255), (32, 64, 128, 16, 8, 1, 255)),
+}
+_EQUAL_WIDTHS_TABLE["blackwell", "tf32"] = _EQUAL_WIDTHS_TABLE["hopper", "tf32"]
+_EQUAL_WIDTHS_TABLE["ampere", "half"] = _TOKEN_TABLE["ampere", "half"] | {
+    256: ((32, 32, 128, 16, 8, 1), (32, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
+}
+_EQUAL_WIDTHS_TABLE["ampere", "tf32"] = _TOKEN_TABLE["ampere", "tf32"] | {
+    128: ((32, 32, 64, 16, 8, 1), (32, 64, 32, 16, 8, 1), (16, 32, 32, 16, 4, 1)),
+    256: ((16, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1, 255), (16, 32, 64, 16, 4, 1)),
+}
+_EQUAL_WIDTHS_TABLE["cdna", "half"] = _TOKEN_TABLE["cdna", "half"] | {
+    128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
+}

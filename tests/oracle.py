@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from visattn import autograd, device, functional, reference, use_backend
+from visattn import autograd, device, functional, reference, token_attention, use_backend
 
 RMS_FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 R_FORWARD, R_GRADIENT = 2.0, 3.0
@@ -120,13 +120,17 @@ def run(attention: Attention, problem: Problem) -> Results:
 def recorded_backends() -> Iterator[list[str]]:
     """The names of the backends that really ran within the block."""
     ran: list[str] = []
-    original = autograd.implementation
+    original, on_tokens = autograd.implementation, token_attention.implementation
 
     def record(settings: autograd.Settings) -> object:
         ran.append(settings.backend)
         return original(settings)
 
-    with mock.patch.object(autograd, "implementation", record):
+    def record_on_tokens(backend: str) -> object:
+        ran.append(backend)
+        return on_tokens(backend)
+
+    with mock.patch.object(autograd, "implementation", record), mock.patch.object(token_attention, "implementation", record_on_tokens):
         yield ran
 
 

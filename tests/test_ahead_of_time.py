@@ -11,7 +11,7 @@ from .conftest import INTERPRETING
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches
+from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, token_launches
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
 PRECISIONS = {
@@ -35,6 +35,7 @@ PROJECTED_KERNELS = [
     "projected_key_value_gradient_kernel",
     "token_moments_kernel",
 ]
+TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
 
 def check(
@@ -51,13 +52,29 @@ def check(
     dtype, highest = PRECISIONS[precision]
     launches = layer_launches(device, dtype, channels, tokens, qk_channels=qk_channels, highest=highest, channels_last=channels_last)
     assert [launch.name for launch in launches] == kernels
+    check_launches(launches, device)
+
+
+def check_tokens(
+    name: str, precision: str, qk_channels: int, value_channels: int, queries: int = 1024, keys: int = 1024, *, channels_last: bool = False
+) -> None:
+    dtype, highest = PRECISIONS[precision]
+    shape = (qk_channels, value_channels, queries, keys)
+    launches = token_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
+    assert [launch.name for launch in launches] == TOKEN_KERNELS
+    check_launches(launches, DEVICES[name])
+
+
+def check_launches(launches, device) -> None:
     problems = []
     for launch in launches:
         compiled = compile_launch(launch, device)
         if compiled.spills:
             problems.append(f"{launch.name} spills {compiled.spills} ({compiled.registers} registers)")
         if compiled.shared_memory > device.shared_memory:
-            problems.append(f"{launch.name} takes {compiled.shared_memory} bytes of shared memory, {name} has {device.shared_memory}")
+            problems.append(
+                f"{launch.name} takes {compiled.shared_memory} bytes of shared memory, {device.name} has {device.shared_memory}"
+            )
         if not compiled.has_matrix_instructions:
             problems.append(f"{launch.name} has no matrix instruction")
     assert not problems, "\n".join(problems)
@@ -93,6 +110,14 @@ def test_channels_last():
 )  # fmt: skip
 def test_narrow_queries(name, precision, channels, qk_channels):
     check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "widths", "lengths"),
+    [("sm_90", "bf16", (64, 64), (1024, 1024)), ("sm_86", "fp32 high", (64, 64), (35, 6)), ("gfx942", "fp16", (8, 32), (1024, 256))],
+)
+def test_tokens(name, precision, widths, lengths):
+    check_tokens(name, precision, *widths, *lengths)
 
 
 @pytest.mark.full
@@ -132,3 +157,22 @@ def test_every_configuration_with_narrow_queries(name, precision, channels, qk_c
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_with_narrow_queries_in_channels_last(name, precision, channels, qk_channels):
     check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS, channels_last=True)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("channels", [16, 32, 64, 128])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_tokens(name, precision, channels, channels_last):
+    check_tokens(name, precision, channels, channels, channels_last=channels_last)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("widths", [(16, 64), (20, 96), (32, 256), (128, 256)], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_tokens_with_wide_values(name, precision, widths):
+    check_tokens(name, precision, *widths, 1024, 256)

@@ -28,7 +28,9 @@ ALLOWED = {
     "triton_backend": {"kernels", "device", "folding", "layout"},
     "second_order": {"folding"},
     "autograd": {"torch_backend", "query_normalized", "triton_backend", "folding", "second_order"},
-    "token_attention": {"autograd", "torch_attention", "torch_backend"},
+    "torch_token_attention": {"torch_attention", "torch_backend"},
+    "triton_token_attention": {"kernels", "device"},
+    "token_attention": {"autograd", "torch_attention", "torch_token_attention", "triton_token_attention"},
     "block": {"layout"},
     "ops": {"autograd", "token_attention", "torch_backend", "folding", "layout", "second_order"},
     "functional": {

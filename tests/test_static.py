@@ -293,6 +293,14 @@ def test_backward_pays_for_seven_products_and_is_judged_by_five():
     assert backward["cycles"] == 2 * 320
 
 
+def test_heads_have_tables_of_their_own():
+    forward = fake_rows(0)[0]
+    rows = [forward, *(forward | {"kernel": f"token_{name}"} for name in ("attention_forward", "query_gradient", "key_value_gradient"))]
+    assert [(p["pass"], p["on_tokens"]) for p in passes(rows)] == [("forward", False), ("forward", True), ("backward", True)]
+    assert "sm_90 bf16 heads of 64" in rows_table(rows)
+    assert "of heads" in passes_table(rows)
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_filed_rows(target):
     """What `python -m bench static` found of the default configurations; at 64 channels in bf16 an SM holds at least two CTAs."""

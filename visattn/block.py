@@ -3,7 +3,8 @@
 The block is `res_scale · (x + γ (W_o Attention(q, k, v) + b_o))` with `q = W_q h + b_q`, `k = pool(W_k h + b_k)`,
 `v = pool(W_v h + b_v)` and h the normalised map. It takes one of two forms. "folded": one head attends to every pixel, so that
 neither keys nor values need exist, and `W_o W_v` and `W_o b_v + b_o` serve the plain layer as the weights of its values.
-"projected": queries, keys and values exist, and attention runs on them as tokens.
+"projected": queries, keys and values exist, and attention runs on them as tokens; the projections are ordinary convolutions on
+both backends, which autograd derives.
 """
 
 from collections.abc import Callable
@@ -41,67 +42,79 @@ class Form(NamedTuple):
     reason: str
 
 
-def form_of(x: Tensor, qk_channels: int, value_channels: int | None, num_heads: int, pool: int) -> Form:
-    """The form on the PyTorch path for a map x (N, C, H, W): where both would do, the one that multiplies less.
+def form_of(x: Tensor, qk_channels: int, value_channels: int | None, num_heads: int, pool: int, backend: str = "torch") -> Form:
+    """The form on a backend for a map x (N, C, H, W): where both would do, the one that multiplies less.
 
-    value_channels is None without an output projection. On the kernels there is only the folded form, which reads the map once.
+    value_channels is None without an output projection; both widths are those of all heads together.
     """
     if num_heads > 1:
         return Form("projected", f"each of the {num_heads} heads has queries, keys and values of its own")
     if pool > 1:
         return Form("projected", "there are fewer keys and values than pixels, the maxima of windows")
     if value_channels is not None:
-        folded, projected = _multiplications(x, qk_channels, value_channels)
+        folded, projected = _multiplications(x, qk_channels, value_channels, backend)
         if projected < folded:
             return Form("projected", f"a pixel takes {projected} multiplications, and {folded} if keys and values were the map itself")
     return Form("folded", "keys and values are the map itself")
 
 
-def _multiplications(x: Tensor, qk_channels: int, value_channels: int) -> tuple[int, int]:
+def _multiplications(x: Tensor, qk_channels: int, value_channels: int, backend: str) -> tuple[int, int]:
     """A pixel, in the folded and in the projected form: with every pixel, then in projections.
 
     Measured on a CPU over 64 to 512 channels, 8 to 256 of them attending, 64 to 1024 pixels: the form with fewer is the quicker.
+    Products of the kernels are as wide as a power of two, at least 16 wide, and those of values at least as wide as those of keys.
     """
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    thin = 4 * qk_channels <= channels  # as in torch_backend: wider queries are widened to the map's channels
-    folded = pixels * ((qk_channels if thin else channels) + channels) + channels * ((2 * qk_channels if thin else channels) + channels)
-    return folded, (pixels + 2 * channels) * (qk_channels + value_channels)
+    channels, qk, value = x.shape[1], qk_channels, value_channels
+    if backend == "triton":
+        channels, qk, value = (max(16, 1 << (width - 1).bit_length()) for width in (channels, qk, max(qk, value)))
+    pixels = x.shape[2] * x.shape[3]
+    thin = (2 if backend == "triton" else 4) * qk <= channels  # as in the backend: wider queries are widened to the map's channels
+    folded = pixels * ((qk if thin else channels) + channels) + channels * ((2 * qk if thin else channels) + channels)
+    return folded, (pixels + 2 * channels) * (qk + value)
 
 
 def folded_values(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`W_o W_v` (C, C) and `W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to dtype."""
-    wide = torch.promote_types(dtype, torch.float32)
-    w_v, b_v, w_o, b_o = (None if t is None else t.to(wide) for t in (weights.w_v, weights.b_v, weights.w_o, weights.b_o))
-    assert w_v is not None
-    if w_o is None:
+    if weights.w_o is None:
         return weights.w_v, weights.b_v
-    w_o = w_o.flatten(1)
-    if b_v is not None:
-        b_o = w_o @ b_v if b_o is None else torch.addmv(b_o, w_o, b_v)
-    return (w_o @ w_v.flatten(1)).to(dtype), None if b_o is None else b_o.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    w_o, w_v = (w.to(wide).flatten(1) for w in (weights.w_o, weights.w_v))
+    return (w_o @ w_v).to(dtype), _bias(weights, dtype)
 
 
 def queries_keys_values(h: Tensor, weights: Weights, num_heads: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
     """q (N·heads, E/heads, L), k (N·heads, E/heads, K) and v (N·heads, V/heads, K) of the map h (N, C, H, W).
 
-    The keys are without b_k, which adds the same to all logits of a row, before and after pooling.
+    Keys and values are without b_k and b_v, before and after pooling: the one adds the same to all logits of a row, the other to
+    all values that a row weighs, and so to y, to which `branch_of` adds it.
     """
     q = _projected(h, weights.w_q, weights.b_q)
-    k, v = _pooled(_projected(h, weights.w_k, None), pool), _pooled(_projected(h, weights.w_v, weights.b_v), pool)
+    k, v = (_pooled(_projected(h, w, None), pool) for w in (weights.w_k, weights.w_v))
     return _split(q, num_heads), _split(k, num_heads), _split(v, num_heads)
 
 
 def branch_of(y: Tensor, weights: Weights, num_heads: int, shape: torch.Size) -> Tensor:
-    """`γ (W_o y + b_o)` as a map of `shape` (N, C, H, W), for y (N·heads, V/heads, L)."""
+    """`γ (W_o (y + b_v) + b_o)` as a map of `shape` (N, C, H, W), for y (N·heads, V/heads, L)."""
     maps, _, height, width = shape
-    y = y.reshape(maps, y.shape[1] * num_heads, height, width)
+    y, bias = y.reshape(maps, y.shape[1] * num_heads, height, width), _bias(weights, y.dtype)
     gamma = None if weights.gamma is None else weights.gamma.reshape(())
     if weights.w_o is None:
+        y = y if bias is None else y + bias[:, None, None]
         return y if gamma is None else gamma * y
-    w_o, b_o = weights.w_o, weights.b_o
+    w_o = weights.w_o
     if gamma is not None:
-        w_o, b_o = gamma * w_o, None if b_o is None else gamma * b_o
-    return _projected(y, w_o, b_o)
+        w_o, bias = gamma * w_o, None if bias is None else gamma * bias
+    return _projected(y, w_o, bias)
+
+
+def _bias(weights: Weights, dtype: torch.dtype) -> Tensor | None:
+    """`W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to dtype; without W_o b_v."""
+    b_v, w_o, b_o = weights.b_v, weights.w_o, weights.b_o
+    if w_o is None or b_v is None:
+        return b_v if w_o is None else b_o
+    wide = torch.promote_types(dtype, torch.float32)
+    w_o, b_v = w_o.to(wide).flatten(1), b_v.to(wide)
+    return (w_o @ b_v if b_o is None else torch.addmv(b_o.to(wide), w_o, b_v)).to(dtype)
 
 
 def rows(h: Tensor, w_q: Tensor, w_k: Tensor, b_q: Tensor | None, index: Tensor, scale: float, num_heads: int, pool: int) -> Tensor:

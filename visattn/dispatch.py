@@ -13,13 +13,13 @@ from . import device, validation
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_CHANNELS = 256  # beyond, one query tile's accumulator no longer fits into registers beside its operands
+MAX_HEAD_CHANNELS = 128  # of queries and keys that exist, half of what values may have
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_KERNEL = {
     "queries": "softmax over the queries has no kernel: its rows do not sum to one, so a query's output is not finished in one pass",
     "channels": "attention over the channels has no kernel: it runs in PyTorch through the Gram matrix of the channels",
-    "projected": "several heads and pooled keys have no kernel: it would need queries, keys and values that are not the map itself",
 }
-"""Why not, for each kind of attention but that over the map itself, normalised over the keys ("keys")."""
+"""Why not, for each kind of attention but that normalised over the keys: over the map itself ("keys") or on tokens ("tokens")."""
 
 logger = logging.getLogger("visattn")
 
@@ -68,8 +68,11 @@ def requested_backend(backend: str | None) -> str:
     return in_environment
 
 
-def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys") -> list[str]:
-    """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can."""
+def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys", value_channels: int = 0) -> list[str]:
+    """Every reason why the Triton kernels cannot take x (N, C, H, W) with queries of `qk_channels`; none means they can.
+
+    With kind "tokens" the widths are those of one head, and `value_channels` that of its values.
+    """
     reasons = [WITHOUT_KERNEL[kind]] if kind in WITHOUT_KERNEL else []
     interpreting = device.triton_is_interpreting()
     if not device.TRITON_IS_INSTALLED:
@@ -79,7 +82,11 @@ def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys") -> list
     if interpreting and x.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes bfloat16 dots wrongly")
     channels, place = x.shape[1], x.device.type
-    if channels > MAX_CHANNELS or qk_channels > MAX_CHANNELS:
+    if kind == "tokens":
+        if qk_channels > MAX_HEAD_CHANNELS or value_channels > MAX_CHANNELS:
+            limits = f"the kernels hold heads of at most {MAX_HEAD_CHANNELS} channels in queries and keys and {MAX_CHANNELS} in values"
+            reasons.append(f"{limits}, they have {qk_channels} and {value_channels}")
+    elif channels > MAX_CHANNELS or qk_channels > MAX_CHANNELS:
         reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {channels} and the queries have {qk_channels}")
     if place == "cuda":
         capability = device.compute_capability(x.device)
@@ -90,8 +97,8 @@ def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys") -> list
     return reasons
 
 
-def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str = "keys") -> str:
-    """ "triton" or "torch".
+def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str = "keys", value_channels: int = 0) -> str:
+    """ "triton" or "torch", for what `unsupported_reasons` is asked about.
 
     Raises:
         RuntimeError: "triton" was asked for and cannot run; the message holds all the reasons.
@@ -99,7 +106,7 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str =
     requested = requested_backend(backend)
     if requested == "torch":
         return "torch"
-    reasons = unsupported_reasons(x, qk_channels, kind)
+    reasons = unsupported_reasons(x, qk_channels, kind, value_channels)
     if not reasons:
         return "triton"
     if requested == "triton":
@@ -109,13 +116,16 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str =
     return "torch"
 
 
-def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, kind: str = "keys", in_pytorch: str = "") -> str:
+def explain_selection(
+    x: Tensor, qk_channels: int, backend: str | None = None, kind: str = "keys", value_channels: int = 0,
+    *, on_kernels: str = "", in_pytorch: str = "",
+) -> str:  # fmt: skip
     """Which backend a call with x would run on, in which form, and why not on the other, in sentences.
 
-    in_pytorch: a sentence on the form that it takes on the PyTorch path.
+    on_kernels: a clause on its form with kind "tokens"; in_pytorch: a sentence on the form that it takes on the PyTorch path.
     """
     requested = requested_backend(backend)
-    reasons = unsupported_reasons(x, qk_channels, kind)
+    reasons = unsupported_reasons(x, qk_channels, kind, value_channels)
     problem = f"x {tuple(x.shape)} {_name(x.dtype)} on {x.device}"
     if requested == "triton" and reasons:
         return f"{problem}: would raise, backend 'triton' was asked for and cannot run: {'; '.join(reasons)}."
@@ -125,7 +135,7 @@ def explain_selection(x: Tensor, qk_channels: int, backend: str | None = None, k
     if reasons:
         return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}.{in_pytorch}"
     interpreter = ", in the interpreter" if device.triton_is_interpreting() else ""
-    return f"{problem}: runs on the Triton kernels{interpreter}, {_form(x.shape[1], qk_channels)}."
+    return f"{problem}: runs on the Triton kernels{interpreter}, {on_kernels or _form(x.shape[1], qk_channels)}."
 
 
 def _form(channels: int, qk_channels: int) -> str:

@@ -132,7 +132,8 @@ def _block(
     dtype = _compute_dtype(x)
     with autograd.without_autocast(x):
         h, weights = normalized(x, norm).to(dtype), weights.map(lambda w: w.to(dtype))
-        if _folds(h, weights, num_heads, pool, normalize, backend):
+        form, selected = _form_and_backend(h, weights, num_heads, pool, normalize, backend)
+        if form == "folded":
             w_q, w_k, _, b_q, b_k, _, _, _, gamma = weights
             w_v, b_v = block.folded_values(weights, dtype)
             added_inside = residual and norm is None and dtype == x.dtype and res_scale == 1.0
@@ -143,26 +144,30 @@ def _block(
             residual = residual and not added_inside
         else:
             q, k, v = block.queries_keys_values(h, weights, num_heads, pool)
-            y = _attend(q, k, v, weights.b_k, q.shape[1] ** -0.5 if scale is None else float(scale))
+            y = _attend(q, k, v, weights.b_k, q.shape[1] ** -0.5 if scale is None else float(scale), selected)
             out = block.branch_of(y, weights, num_heads, x.shape)
         return block.joined(x, out, residual, res_scale)
 
 
-def _folds(h: Tensor, weights: block.Weights, num_heads: int, pool: int, normalize: str, backend: str | None) -> bool:
-    """Whether the block takes its folded form on the map h; asks for the backend, which has a say in it."""
-    qk_channels, value_channels = weights.w_q.shape[0], None if weights.w_o is None else weights.w_v.shape[0]
-    kind = "projected" if num_heads > 1 or pool > 1 else normalize
-    on_kernels = dispatch.select_backend(h, qk_channels, backend, kind) == "triton"
-    return on_kernels or block.form_of(h, qk_channels, value_channels, num_heads, pool).name == "folded"
+def _form_and_backend(h: Tensor, weights: block.Weights, num_heads: int, pool: int, normalize: str, backend: str | None) -> tuple[str, str]:
+    """The form that the block takes on the map h, and the backend; each has a say in the other."""
+    qk_channels, values = weights.w_q.shape[0], weights.w_v.shape[0]
+    shape = (h, qk_channels, None if weights.w_o is None else values, num_heads, pool)
+    form = block.form_of(*shape, "triton").name
+    if form == "folded":
+        selected = dispatch.select_backend(h, qk_channels, backend, normalize)
+    else:
+        selected = dispatch.select_backend(h, qk_channels // num_heads, backend, "tokens", values // num_heads)
+    return form if selected == "triton" else block.form_of(*shape).name, selected
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> Tensor:
     """Attention on tokens, eagerly or as an op where a compiler is looking."""
     if torch.compiler.is_compiling():
         from . import ops
 
-        return ops.token_attention(q, k, v, b_k, scale)[0]
-    return token_attention.TokenAttention.apply(q, k, v, b_k, scale)[0]
+        return ops.token_attention(q, k, v, b_k, scale, backend)[0]
+    return token_attention.TokenAttention.apply(q, k, v, b_k, scale, backend)[0]
 
 
 def channel_attention(

@@ -212,13 +212,20 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
     """
     asked = _asked_of(layer)
     validation.check_map(x)
-    qk_channels, in_pytorch = asked.w_q.shape[0], ""
-    kind = "projected" if asked.num_heads > 1 or asked.pool > 1 else asked.normalize
-    if isinstance(layer, SelfAttention2d):
-        validation.check_pool(x, asked.pool)
-        form = block.form_of(x, qk_channels, asked.value_channels, asked.num_heads, asked.pool)
-        in_pytorch = f" In PyTorch the form is {form.name}: {form.reason}."
-    return dispatch.explain_selection(x, qk_channels, kind=kind, in_pytorch=in_pytorch)
+    qk_channels = asked.w_q.shape[0]
+    if not isinstance(layer, SelfAttention2d):
+        return dispatch.explain_selection(x, qk_channels, kind=asked.normalize)
+    validation.check_pool(x, asked.pool)
+    shape = (x, qk_channels, asked.value_channels, asked.num_heads, asked.pool)
+    on_kernels, in_pytorch = block.form_of(*shape, "triton"), block.form_of(*shape)
+    sentence = f" In PyTorch the form is {in_pytorch.name}: {in_pytorch.reason}."
+    if on_kernels.name == "folded":
+        return dispatch.explain_selection(x, qk_channels, in_pytorch=sentence)
+    values = layer.conv_value.out_channels // asked.num_heads
+    return dispatch.explain_selection(
+        x, qk_channels // asked.num_heads, None, "tokens", values,
+        on_kernels=f"on queries, keys and values: {on_kernels.reason}", in_pytorch=sentence,
+    )  # fmt: skip
 
 
 def attention_rows(layer: AttentionLayer, x: Tensor, pixels: Tensor) -> Tensor:

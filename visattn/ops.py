@@ -128,50 +128,50 @@ self_attention_2d_backward.register_autograd(_differentiate_backward, setup_cont
 
 
 @torch.library.custom_op("visattn::token_attention", mutates_args=())
-def token_attention(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def token_attention(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """`(y, lse)`: y (B, V, L); lse (B, L) is empty where nothing keeps it."""
     with autograd.without_autocast(q):
-        y, lse = on_tokens.forward(q, k, v, scale)
+        y, lse = on_tokens.implementation(backend).forward(q, k, v, scale)
     return y.contiguous(), _present(lse, q, _lse_dtype(q))
 
 
 @token_attention.register_fake
-def _(q, k, v, b_k, scale):  # type: ignore[no-untyped-def]
-    lse = q.new_empty((q.shape[0], q.shape[2]), dtype=_lse_dtype(q)) if on_tokens.keeps_lse(q, v) else None
+def _(q, k, v, b_k, scale, backend):  # type: ignore[no-untyped-def]
+    lse = q.new_empty((q.shape[0], q.shape[2]), dtype=_lse_dtype(q)) if on_tokens.keeps_lse(q, v, backend) else None
     return q.new_empty((q.shape[0], v.shape[1], q.shape[2])), _present(lse, q, _lse_dtype(q))
 
 
 @torch.library.custom_op("visattn::token_attention_backward", mutates_args=())
 def token_attention_backward(
-    d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float
+    d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(d_q, d_k, d_v)`."""
     saved_lse = lse if lse.dim() == 2 else None
     with autograd.without_autocast(q):
-        d_q, d_k, d_v = on_tokens.backward(d_y, q, k, v, y, saved_lse, scale)
+        d_q, d_k, d_v = on_tokens.implementation(backend).backward(d_y, q, k, v, y, saved_lse, scale)
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
 
 
 @token_attention_backward.register_fake
-def _(d_y, q, k, v, y, lse, scale):  # type: ignore[no-untyped-def]
+def _(d_y, q, k, v, y, lse, scale, backend):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_tokens(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, scale = inputs
+    *tensors, scale, backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
-    ctx.scale = scale
+    ctx.scale, ctx.backend = scale, backend
 
 
 def _differentiate_tokens(ctx: Any, d_y: Tensor, _d_lse: Tensor) -> tuple:
     q, k, v, b_k, y, lse = ctx.saved_tensors
-    gradients = token_attention_backward(d_y, q, k, v, y, lse, ctx.scale)
-    return *gradients, torch.zeros_like(b_k) if ctx.needs_input_grad[3] else None, None
+    gradients = token_attention_backward(d_y, q, k, v, y, lse, ctx.scale, ctx.backend)
+    return *gradients, torch.zeros_like(b_k) if ctx.needs_input_grad[3] else None, None, None
 
 
 def _setup_tokens_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    d_y, q, k, v, _y, _lse, scale = inputs
+    d_y, q, k, v, _y, _lse, scale, _backend = inputs
     ctx.save_for_backward(d_y, q, k, v)
     ctx.scale = scale
 
@@ -181,7 +181,7 @@ def _differentiate_tokens_backward(ctx: Any, v_q: Tensor, v_k: Tensor, v_v: Tens
     d_y, q, k, v = ctx.saved_tensors
     with autograd.without_autocast(q):
         gradients = on_tokens.backward_of_backward(d_y, q, k, v, v_q, v_k, v_v, ctx.scale)
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 token_attention.register_autograd(_differentiate_tokens, setup_context=_setup_tokens)

@@ -1,0 +1,288 @@
+"""Attention on queries, keys and values that exist, forward and backward: for several heads, pooled keys and thin values.
+
+`y_i = Σ_j P_ij v_j + c` with `P_ij = exp2(q_i · k_j - lse_i)`. Queries hold scale and log2(e). Keys and values come less a vector
+of their own, about their mean over the tokens: softmax drops that of the keys, and that of the values, c, is added to y again, since
+the weights of a row sum to one.
+
+Backward, in two kernels without atomics, so that repeats are bitwise equal. With g the gradient of y and `Δ_i = g_i · (y_i - c)`,
+`dS_ij = P_ij (g_i · v_j - Δ_i)`: `dq_i = scale · Σ_j dS_ij k_j`, `dk_j = ln(2) Σ_i dS_ij q_i` and `dv_j = Σ_i P_ij g_i`. What rounding
+leaves of `Σ_j dS_ij`, which is zero, is the error of Δ: it meets keys without a mean, and is added to Δ for the key and value gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import LaunchConfig, TokenConfigs, block_channels, num_tiles
+from .primitives import load_tile, locate, store_tile, tile_offsets
+from .projected_attention_backward import accumulate_projected_key_value_gradient, accumulate_projected_query_gradient
+from .projected_attention_forward import attend_projected_keys
+
+
+@triton.jit
+def token_attention_forward_kernel(
+    q_ptr, stride_qb, stride_qd, stride_ql,
+    k_ptr, stride_kb, stride_kd, stride_kl,
+    v_ptr, stride_vb, stride_vc, stride_vl,
+    c_ptr,
+    y_ptr, stride_yb, stride_yc, stride_yl,
+    lse_ptr,
+    num_queries, num_keys,
+    C_V: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes y of BLOCK_M query tokens of one head of one map.
+
+    q_ptr (B, D, L); k_ptr (B, D, Lk); v_ptr (B, C_V, Lk); c_ptr (B, C_V), contiguous; y_ptr (B, C_V, L); lse_ptr (B, L) fp32, the
+    base-2 log-sum-exp of the logits. L is num_queries, Lk num_keys.
+    """
+    b, tile = locate(tl.cdiv(num_queries, BLOCK_M))
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_cv = tl.arange(0, BLOCK_CV)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr += b * stride_qb
+    k_ptr += b * stride_kb
+    v_ptr += b * stride_vb
+    q = tl.trans(load_tile(q_ptr, tile_offsets(offs_d, offs_m, stride_qd, stride_ql), offs_d, offs_m, D, num_queries, True))
+
+    acc = tl.zeros((BLOCK_M, BLOCK_CV), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    full_keys = num_keys // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_keys, BLOCK_N):
+        first = tl.cast(start_n, tl.int64)
+        acc, m_i, l_i = attend_projected_keys(
+            acc, m_i, l_i, q, q_ptr, stride_qd, stride_ql, offs_m, num_queries,
+            k_ptr + first * stride_kl, stride_kd, stride_kl, v_ptr + first * stride_vl, stride_vc, stride_vl,
+            offs_d, offs_cv, offs_n, BLOCK_N, D, C_V, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_keys < num_keys:
+        first = tl.cast(full_keys, tl.int64)
+        acc, m_i, l_i = attend_projected_keys(
+            acc, m_i, l_i, q, q_ptr, stride_qd, stride_ql, offs_m, num_queries,
+            k_ptr + first * stride_kl, stride_kd, stride_kl, v_ptr + first * stride_vl, stride_vc, stride_vl,
+            offs_d, offs_cv, offs_n, num_keys - full_keys, D, C_V, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    c = tl.load(c_ptr + b * C_V + offs_cv, mask=offs_cv < C_V, other=0.0).to(tl.float32)
+    y = acc / l_i[:, None] + c[None, :]
+    y_offsets = b * stride_yb + tile_offsets(offs_cv, offs_m, stride_yc, stride_yl)
+    store_tile(y_ptr, y_offsets, tl.trans(y), offs_cv, offs_m, C_V, num_queries)
+    tl.store(lse_ptr + b * num_queries + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_queries)
+
+
+@triton.jit
+def token_query_gradient_kernel(
+    q_ptr, stride_qb, stride_qd, stride_ql,
+    k_ptr, stride_kb, stride_kd, stride_kl,
+    v_ptr, stride_vb, stride_vc, stride_vl,
+    c_ptr,
+    d_y_ptr, stride_gb, stride_gc, stride_gl,
+    y_ptr, stride_yb, stride_yc, stride_yl,
+    lse_ptr, delta_ptr,
+    d_q_ptr, stride_dqb, stride_dqd, stride_dql,
+    num_queries, num_keys, scale,
+    C_V: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dq, the gradient of queries without scale and log2(e), and the mended Δ of BLOCK_M query tokens.
+
+    q_ptr, d_q_ptr (B, D, L); k_ptr (B, D, Lk); v_ptr (B, C_V, Lk); c_ptr (B, C_V), contiguous; d_y_ptr, y_ptr (B, C_V, L); lse_ptr
+    (B, L) base 2; delta_ptr (B, L) fp32. L is num_queries, Lk num_keys.
+    """
+    b, tile = locate(tl.cdiv(num_queries, BLOCK_M))
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_cv = tl.arange(0, BLOCK_CV)
+    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr += b * stride_qb
+    k_ptr += b * stride_kb
+    v_ptr += b * stride_vb
+    d_y_ptr += b * stride_gb
+    q = tl.trans(load_tile(q_ptr, tile_offsets(offs_d, offs_m, stride_qd, stride_ql), offs_d, offs_m, D, num_queries, True))
+    d_y = load_tile(d_y_ptr, tile_offsets(offs_cv, offs_m, stride_gc, stride_gl), offs_cv, offs_m, C_V, num_queries, True)
+    y = load_tile(y_ptr + b * stride_yb, tile_offsets(offs_cv, offs_m, stride_yc, stride_yl), offs_cv, offs_m, C_V, num_queries, True)
+    c = tl.load(c_ptr + b * C_V + offs_cv, mask=offs_cv < C_V, other=0.0).to(tl.float32)
+    delta = tl.sum(d_y.to(tl.float32) * (y.to(tl.float32) - c[:, None]), 0)
+    d_y = tl.trans(d_y)
+    lse = tl.load(lse_ptr + b * num_queries + offs_m, mask=offs_m < num_queries, other=0.0)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    full_keys = num_keys // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_keys, BLOCK_N):
+        first = tl.cast(start_n, tl.int64)
+        acc, row_sum = accumulate_projected_query_gradient(
+            acc, row_sum, q, d_y, q_ptr, stride_qd, stride_ql, d_y_ptr, stride_gc, stride_gl, lse, delta, offs_m, num_queries,
+            k_ptr + first * stride_kl, stride_kd, stride_kl, v_ptr + first * stride_vl, stride_vc, stride_vl,
+            offs_d, offs_cv, offs_n, BLOCK_N, D, C_V, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_keys < num_keys:
+        first = tl.cast(full_keys, tl.int64)
+        acc, row_sum = accumulate_projected_query_gradient(
+            acc, row_sum, q, d_y, q_ptr, stride_qd, stride_ql, d_y_ptr, stride_gc, stride_gl, lse, delta, offs_m, num_queries,
+            k_ptr + first * stride_kl, stride_kd, stride_kl, v_ptr + first * stride_vl, stride_vc, stride_vl,
+            offs_d, offs_cv, offs_n, num_keys - full_keys, D, C_V, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    tl.store(delta_ptr + b * num_queries + offs_m, delta + row_sum, mask=offs_m < num_queries)
+    d_q_offsets = b * stride_dqb + tile_offsets(offs_d, offs_m, stride_dqd, stride_dql)
+    store_tile(d_q_ptr, d_q_offsets, tl.trans(acc * scale), offs_d, offs_m, D, num_queries)
+
+
+@triton.jit
+def token_key_value_gradient_kernel(
+    q_ptr, stride_qb, stride_qd, stride_ql,
+    k_ptr, stride_kb, stride_kd, stride_kl,
+    v_ptr, stride_vb, stride_vc, stride_vl,
+    d_y_ptr, stride_gb, stride_gc, stride_gl,
+    lse_ptr, delta_ptr,
+    d_k_ptr, stride_dkb, stride_dkd, stride_dkl,
+    d_v_ptr, stride_dvb, stride_dvc, stride_dvl,
+    num_queries, num_keys,
+    C_V: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes dk and dv of BLOCK_N key tokens of one head of one map.
+
+    q_ptr (B, D, L); k_ptr, d_k_ptr (B, D, Lk); v_ptr, d_v_ptr (B, C_V, Lk); d_y_ptr (B, C_V, L); lse_ptr (B, L) base 2; delta_ptr
+    (B, L), mended. L is num_queries, Lk num_keys.
+    """
+    b, tile = locate(tl.cdiv(num_keys, BLOCK_N))
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_cv = tl.arange(0, BLOCK_CV)
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_ptr += b * stride_qb
+    k_ptr += b * stride_kb
+    v_ptr += b * stride_vb
+    d_y_ptr += b * stride_gb
+    lse_ptr += b * num_queries
+    delta_ptr += b * num_queries
+    k = tl.trans(load_tile(k_ptr, tile_offsets(offs_d, offs_n, stride_kd, stride_kl), offs_d, offs_n, D, num_keys, True))
+    v = tl.trans(load_tile(v_ptr, tile_offsets(offs_cv, offs_n, stride_vc, stride_vl), offs_cv, offs_n, C_V, num_keys, True))
+
+    offs_m = tl.arange(0, BLOCK_M)
+    d_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    d_v = tl.zeros((BLOCK_N, BLOCK_CV), tl.float32)
+    full_queries = num_queries // BLOCK_M * BLOCK_M
+    for start_m in range(0, full_queries, BLOCK_M):
+        first = tl.cast(start_m, tl.int64)
+        d_k, d_v = accumulate_projected_key_value_gradient(
+            d_k, d_v, k, v, k_ptr, stride_kd, stride_kl, v_ptr, stride_vc, stride_vl, offs_n, num_keys,
+            q_ptr + first * stride_ql, stride_qd, stride_ql, d_y_ptr + first * stride_gl, stride_gc, stride_gl,
+            lse_ptr + start_m, delta_ptr + start_m, offs_d, offs_cv, offs_m, BLOCK_M,
+            D, C_V, True, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_queries < num_queries:
+        first = tl.cast(full_queries, tl.int64)
+        d_k, d_v = accumulate_projected_key_value_gradient(
+            d_k, d_v, k, v, k_ptr, stride_kd, stride_kl, v_ptr, stride_vc, stride_vl, offs_n, num_keys,
+            q_ptr + first * stride_ql, stride_qd, stride_ql, d_y_ptr + first * stride_gl, stride_gc, stride_gl,
+            lse_ptr + full_queries, delta_ptr + full_queries, offs_d, offs_cv, offs_m, num_queries - full_queries,
+            D, C_V, True, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    d_k_offsets = b * stride_dkb + tile_offsets(offs_d, offs_n, stride_dkd, stride_dkl)
+    store_tile(d_k_ptr, d_k_offsets, tl.trans(d_k), offs_d, offs_n, D, num_keys)
+    d_v_offsets = b * stride_dvb + tile_offsets(offs_cv, offs_n, stride_dvc, stride_dvl)
+    store_tile(d_v_ptr, d_v_offsets, tl.trans(d_v), offs_cv, offs_n, C_V, num_keys)
+
+
+def token_attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    c: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    config: LaunchConfig,
+) -> None:
+    """Fills `y` (B, V, L), and `lse` (B, L) with the base-2 log-sum-exp of the logits.
+
+    q (B, E, L) holds scale and log2(e); k (B, E, K) and v (B, V, K) are about centred, c (B, V), contiguous, is what v is short of.
+    The strides of the others are free; lse is contiguous.
+    """
+    token_attention_forward_kernel[(q.shape[0] * num_tiles(q.shape[2], config.block_m),)](
+        q, *q.stride(),
+        k, *k.stride(),
+        v, *v.stride(),
+        c,
+        y, *y.stride(),
+        lse,
+        q.shape[2], k.shape[2],
+        **_blocks(q, v, config), **config.options,
+    )  # fmt: skip
+
+
+def token_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    c: torch.Tensor,
+    d_y: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+    *,
+    scale: float,
+    configs: TokenConfigs,
+) -> None:
+    """Fills `d_q` (B, E, L), the gradient of queries without scale and log2(e), `d_k` (B, E, K) and `d_v` (B, V, K).
+
+    q, k, v, c, y and lse as in the forward pass; d_y (B, V, L), any strides.
+    """
+    delta = torch.empty_like(lse)
+
+    config = configs.query_gradient
+    token_query_gradient_kernel[(q.shape[0] * num_tiles(q.shape[2], config.block_m),)](
+        q, *q.stride(),
+        k, *k.stride(),
+        v, *v.stride(),
+        c,
+        d_y, *d_y.stride(),
+        y, *y.stride(),
+        lse, delta,
+        d_q, *d_q.stride(),
+        q.shape[2], k.shape[2], scale,
+        **_blocks(q, v, config), **config.options,
+    )  # fmt: skip
+
+    config = configs.key_value_gradient
+    token_key_value_gradient_kernel[(q.shape[0] * num_tiles(k.shape[2], config.block_n),)](
+        q, *q.stride(),
+        k, *k.stride(),
+        v, *v.stride(),
+        d_y, *d_y.stride(),
+        lse, delta,
+        d_k, *d_k.stride(),
+        d_v, *d_v.stride(),
+        q.shape[2], k.shape[2],
+        **_blocks(q, v, config), **config.options,
+    )  # fmt: skip
+
+
+def _blocks(q: torch.Tensor, v: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
+    """The constants that all three kernels take.
+
+    Values are computed as wide as the keys at least. Thinner ones, which no known model has, would make all warps compute the same
+    part of the keys' gradient, since the product of the values divides the tiles among them.
+    """
+    block_d = block_channels(q.shape[1])
+    block_cv = max(block_d, block_channels(v.shape[1]))
+    return {
+        "C_V": v.shape[1],
+        "D": q.shape[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_CV": block_cv,
+        "BLOCK_D": block_d,
+        "BLOCK_K": min(config.block_k, block_cv),
+        "INPUT_PRECISION": config.input_precision,
+    }
