@@ -94,7 +94,7 @@ class TestKernels:
     @pytest.mark.parametrize(
         ("qk_channels", "value_channels", "queries", "keys", "make"),
         [(3, 17, 70, 5, packed), (20, 1, 33, 67, token_major), (1, 1, 1, 1, packed), (40, 8, 2, 130, token_major)],
-        ids=str,
+        ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process, as test runs in parallel need
     )
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_any_widths_lengths_and_strides(self, qk_channels, value_channels, queries, keys, dtype, make):
