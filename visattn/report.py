@@ -119,9 +119,28 @@ def training_report(result: dict[str, Any], title: str) -> str:
 
 
 def attention_maps(path: Path, image: Tensor, weights: Tensor, pixels: Sequence[tuple[int, int]], title: str) -> None:
-    """A uint8 image (C, H, W), and over it the attention (P, h, w) of each chosen pixel of a map that lies over the whole image."""
+    """Draws an image, and over it the attention of each chosen pixel of a map that lies over the whole image, into a PNG file.
+
+    Args:
+        path: the file, in a folder that exists.
+        image: (1, H, W) or (3, H, W), uint8, or floating between 0 and 1.
+        weights: (P, h, w), one image's part of `visattn.attention_rows`, any floating dtype and device.
+        pixels: P pairs (row, column) of the h × w map.
+        title: a line above.
+
+    Raises:
+        ValueError: the shapes do not fit together; nothing is written.
+    """
     from matplotlib.figure import Figure
 
+    if image.dim() != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"image must be (1, H, W) or (3, H, W), got {tuple(image.shape)}; take one image of a batch")
+    if weights.dim() != 3 or len(weights) != len(pixels) or not len(pixels):
+        raise ValueError(
+            f"weights must be (P, h, w) for the P chosen pixels, got {tuple(weights.shape)} for {len(pixels)}; "
+            "of what attention_rows returns, take one image's part"
+        )
+    weights = weights.detach().to("cpu", torch.float32)
     height, width = image.shape[1:]
     figure = Figure(figsize=(3.2 * (len(pixels) + 1) + 1, 3.9), layout="constrained")
     first, *others = figure.subplots(1, len(pixels) + 1)
@@ -170,7 +189,10 @@ def ranking(path: Path, rows: Sequence[tuple[str, Sequence[float], Sequence[floa
 
 
 def _picture(image: Tensor) -> Tensor:
-    """(C, H, W) as matplotlib takes it."""
+    """(C, H, W), bytes or 0 to 1, as matplotlib takes it."""
+    image = image.detach().cpu()
+    if image.is_floating_point():
+        image = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
 
 
