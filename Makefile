@@ -6,7 +6,7 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo bench test test-all test-compat lint clean
+.PHONY: demo bench test test-all test-compat reliability lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
@@ -36,6 +36,10 @@ lint: $(VENV)/installed
 	$(IN)ruff check .
 	$(IN)ruff format --check .
 	$(IN)mypy
+
+# Every attempt to break the package, and one table of what came of them.
+reliability: $(VENV)/installed
+	$(IN)python -m tests.reliability
 
 # torch and torchvision come as the CUDA build of the registry; it runs on a CPU as well.
 $(VENV)/installed: setup.py pyproject.toml $(CONSTRAINTS)

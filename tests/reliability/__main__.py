@@ -5,22 +5,33 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from . import filed
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {}
+"""Each part's name and the `figures` of its module."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
+    parser.add_argument("--file", action="store_true", help="keep what was found in bench/results, at a commit")
+    parser.add_argument("--readme", action="store_true", help="try nothing; write the README's section from what is kept")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if options.readme:
+        filed.SECTION.write(filed.section(filed.read()))
+        return 0
+    place = filed.place() if options.file else None
     found: list[Figure] = []
     for name in options.parts or PARTS:
         start = time.perf_counter()
         figures = PARTS[name]()
-        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        if place:
+            filed.keep(name, figures, seconds, place)
         found += figures
     print(markdown(found))
     return int(any(figure.right is False for figure in found))
