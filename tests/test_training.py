@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -146,11 +147,12 @@ class TestCheckpoint:
         path = self.saved(tmp_path)
         before = path.read_bytes()
 
-        def full_disk(tensors, name, metadata):
-            name.write_bytes(b"half")
+        def full_disk(path, content):
+            with path.open("wb") as file:
+                file.write(content[: len(content) // 2])
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+        monkeypatch.setattr(pathlib.Path, "write_bytes", full_disk)
         with pytest.raises(OSError, match="no space"):
             checkpoint.save(path, TENSORS, {}, keep_previous=True)
         assert path.read_bytes() == before

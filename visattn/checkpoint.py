@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from .files import replaced
@@ -26,7 +26,7 @@ def save(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], *,
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(description)
     with replaced(path) as temporary:
-        save_file(held, temporary, {DESCRIPTION: text, CHECKSUM: _checksum(held, text)})
+        temporary.write_bytes(serialized(held, {DESCRIPTION: text, CHECKSUM: _checksum(held, text)}))
         if keep_previous and path.exists():
             path.replace(previous(path))
 

@@ -33,13 +33,15 @@ def _demo(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from . import experiment
+    from . import experiment, processes
+    from .device import chosen_device
 
-    console = Console()
-    settings = experiment.settings_of(options.model, _changes(options) | {"seed": options.seed, "attention": options.attention})
-    out = options.out or Path("runs", experiment.run_name(settings))
-    load = experiment.Loader(options.data_root, options.download, console)
-    result = experiment.train(settings, load, out, resume=options.resume, console=console)
+    with processes.group(chosen_device(options.device), options.timeout):
+        console = Console(quiet=not processes.is_first())
+        settings = experiment.settings_of(options.model, _changes(options) | {"seed": options.seed, "attention": options.attention})
+        out = options.out or Path("runs", experiment.run_name(settings))
+        load = experiment.Loader(options.data_root, options.download, console)
+        result = experiment.train(settings, load, out, resume=options.resume, console=console)
     _say(console, f"{experiment.title(settings)}: {100 * result['test_accuracy']:.2f} % of {result['test_images']} test images")
     _say(console, f"Written to {out}: report.md, result.json, metrics.jsonl, curves.png, confusion.png, best.safetensors, last.safetensors")
 
@@ -47,16 +49,18 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from . import comparison, experiment
+    from . import comparison, experiment, processes
+    from .device import chosen_device
 
-    console = Console()
-    runs = []
-    for name in options.models:
-        model, _, attention = name.partition(":")
-        for seed in options.seeds:
-            runs.append(experiment.settings_of(model, _changes(options) | {"seed": seed, "attention": attention or None}))
-    load = experiment.Loader(options.data_root, options.download, console)
-    table = comparison.compare(runs, load, options.out, console)
+    with processes.group(chosen_device(options.device), options.timeout):
+        console = Console(quiet=not processes.is_first())
+        runs = []
+        for name in options.models:
+            model, _, attention = name.partition(":")
+            for seed in options.seeds:
+                runs.append(experiment.settings_of(model, _changes(options) | {"seed": seed, "attention": attention or None}))
+        load = experiment.Loader(options.data_root, options.download, console)
+        table = comparison.compare(runs, load, options.out, console)
     _say(console, f"\n{table}\nWritten to {options.out}: ranking.md, ranking.png, and a folder for each run")
 
 
@@ -106,6 +110,7 @@ def _say(console: Any, text: str) -> None:
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
     """What a command line asks for in place of a recipe's values; None where it does not."""
+    from . import processes
     from .data import Normalization
     from .device import chosen_device
 
@@ -117,6 +122,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         "normalization": Normalization(tuple(options.mean), tuple(options.deviation)) if options.mean else None,
         "betas": tuple(options.betas) if options.betas else None,
         "device": str(chosen_device(options.device)),
+        "processes": processes.count(),
     }
 
 
@@ -135,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models, their kinds of attention and their recipes")
     models.set_defaults(command=_models)
 
-    train = commands.add_parser("train", help="train one model by its recipe, and report on it")
+    train = commands.add_parser("train", help="train one model by its recipe, and report on it; torchrun shares it among processes")
     train.add_argument("--model", required=True, help="one of those that `visattn models` lists")
     train.add_argument("--attention", help="kind of its attention layers (default: the first that `visattn models` lists)")
     train.add_argument("--seed", type=_seed, default=0, help="of weights, dropout and order of images (default 0)")
@@ -195,6 +201,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--precision", choices=("fp32", "tf32", "bf16", "fp16"), help="of matrix products (default fp32)")
     machine.add_argument("--backend", choices=("auto", "triton", "torch"), help="of the fused layers (default auto)")
     machine.add_argument("--compile", action=argparse.BooleanOptionalAction, help="run the model through torch.compile")
+    machine.add_argument("--timeout", type=_positive, default=120, metavar="SECONDS",
+                         help="for which processes that torchrun started wait for each other (default 120)")  # fmt: skip
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:

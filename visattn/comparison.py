@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from . import experiment, files, models, report
+from . import experiment, files, models, processes, report
 from .recipes import PUBLISHED, RECIPES
 
 
@@ -36,11 +36,10 @@ def compare(runs: Iterable[experiment.Settings], load: experiment.Loader, out: P
         results.append(experiment.train(settings, load, out / experiment.run_name(settings), resume=True, console=console))
         rows = ranking(results)
         table = markdown(rows)
-        files.write(
-            out / "ranking.md",
-            f"# Test accuracy on {settings.data.partition(':')[0]}, {experiment.epochs_in_words(settings.epochs)}\n\n{table}",
-        )
-        report.ranking(out / "ranking.png", [(row.name, row.ours, row.published) for row in rows], "test accuracy (%)")
+        if processes.is_first():
+            heading = f"# Test accuracy on {settings.data.partition(':')[0]}, {experiment.epochs_in_words(settings.epochs)}"
+            files.write(out / "ranking.md", f"{heading}\n\n{table}")
+            report.ranking(out / "ranking.png", [(row.name, row.ours, row.published) for row in rows], "test accuracy (%)")
     return table
 
 

@@ -1,6 +1,7 @@
 """Images to train on: decoded once, kept as bytes, normalised batch by batch on the device they are computed on."""
 
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,13 @@ class Dataset(NamedTuple):
     train: Images
     test: Images
     classes: tuple[str, ...]
+
+    def checksum(self) -> str:
+        """Of every pixel and label."""
+        value = zlib.crc32("\0".join(self.classes).encode())
+        for tensor in (*self.train, *self.test):
+            value = zlib.crc32(tensor.contiguous().numpy().data, value)
+        return f"{value:08x}"
 
 
 class Normalization(NamedTuple):
@@ -72,9 +80,12 @@ def load(name: str, shape: Shape, *, root: Path = Path("data"), download: bool =
     return _digits(shape) if name == "digits" else _torchvision(name, shape, root, download)
 
 
-def batches(images: Images, normalization: Normalization, batch_size: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """`(fp32 images, labels)` in the order given, on the device the images are on; the last batch may be smaller."""
-    for chosen in order.to(images.labels.device).split(batch_size):
+def batches(images: Images, normalization: Normalization, sizes: int | list[int], order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(fp32 images, labels)` in the order given, on the device the images are on.
+
+    sizes: of all batches, the last of which may be smaller, or of each.
+    """
+    for chosen in order.to(images.labels.device).split(sizes):
         yield normalization.apply(images.pixels[chosen]), images.labels[chosen]
 
 

@@ -7,7 +7,9 @@ on from) and best.safetensors, and at the end result.json, report.md, curves.png
 import json
 import math
 import time
+import zlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from . import checkpoint, data, files, models, provenance, report, training
+from . import checkpoint, data, files, models, processes, provenance, report, training
 from .device import describe, float32_precision
 from .dispatch import use_backend
 from .modules import AttentionLayer, explain
@@ -35,6 +37,7 @@ class Settings(Recipe):
     """Everything that a run's result depends on: the recipe as it was changed, and what it is applied to.
 
     The same settings give the same bits on the same CPU with the same number of threads.
+    processes: how many share each batch.
     """
 
     model: str = ""
@@ -44,6 +47,7 @@ class Settings(Recipe):
     backend: str = "auto"
     compile: bool = False
     device: str = "cpu"
+    processes: int = 1
 
     def for_file(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -51,6 +55,13 @@ class Settings(Recipe):
 
     @classmethod
     def from_file(cls, stored: dict[str, Any]) -> "Settings":
+        """What `for_file` gave, in this version or an older one.
+
+        Raises:
+            RuntimeError: it was no version that this one knows.
+        """
+        if unknown := stored.keys() - {f.name for f in fields(cls)}:
+            raise RuntimeError(f"the settings {', '.join(sorted(unknown))} are of another version of visattn")
         return cls(**stored | {"normalization": data.Normalization(*map(tuple, stored["normalization"])), "betas": tuple(stored["betas"])})
 
     @property
@@ -90,42 +101,90 @@ class Tally:
     best_accuracy: float | None = None
     seconds: float = 0.0  # of training, without checks
     lines: int = 0  # of metrics.jsonl
+    lines_checksum: int = 0  # crc32
 
 
 class Run:
-    """One training in one folder, from its beginning or from its last checkpoint to its report."""
+    """One training in one folder, from its beginning or from its last checkpoint to its report.
+
+    Several processes do all of it together; the first alone writes.
+    """
 
     def __init__(self, settings: Settings, dataset: data.Dataset, out: Path, console: Console) -> None:
         self.settings, self.dataset, self.out, self.console = settings, dataset, out, console
-        self.device = torch.device(settings.device)
+        self.device = processes.own_device(torch.device(settings.device))
         train, self.validation = dataset.train.split(round(settings.validation * len(dataset.train.labels)))
         torch.manual_seed(settings.seed)
         self.width = settings.head or len(dataset.classes)
         if self.width < len(dataset.classes):
             raise ValueError(f"--head {settings.head} is narrower than the {len(dataset.classes)} classes of {settings.data}")
         model = models.create_model(settings.model, self.width, attention=settings.attention)
-        self.trainer = training.Trainer(model, train, settings.options, self.device)
+        if not processes.is_first():
+            torch.manual_seed(processes.own_seed(settings.seed))
+        self.trainer = training.Trainer(processes.with_common_statistics(model, self.device), train, settings.options, self.device)
         if not self.trainer.steps_an_epoch:
             raise ValueError(f"there are {len(train.labels)} images to train on, not one batch of {settings.batch_size}")
+        smallest = settings.batch_size if settings.drop_last else len(train.labels) % settings.batch_size or settings.batch_size
+        if smallest < processes.count():
+            raise ValueError(
+                f"a batch of {smallest} has not one image for each of {processes.count()} processes; "
+                "give another --batch-size, or --drop-last for the last one of an epoch"
+            )
         self.check_every = min(settings.check_every, max(1, self.trainer.steps_an_epoch // CHECKS_AN_EPOCH))
         self.tally = Tally()
+        self.data_checksum = dataset.checksum()
+        self.metrics, self.best, self.last = (out / name for name in ("metrics.jsonl", "best.safetensors", "last.safetensors"))
         self.unfiled: list[float] = []  # losses of the steps since the last line of metrics
         self.last_saved = time.monotonic()
 
     def resume(self) -> None:
-        """Goes back to the newest checkpoint that can be read, if there is one, and drops the metrics of what came after."""
-        found = checkpoint.load_newest(self.out / "last.safetensors")
-        kept: list[str] = []
+        """Goes back to the newest checkpoint that can be read, if there is one, and drops the metrics of what came after.
+
+        Raises:
+            RuntimeError: no checkpoint can be read, or it belongs to other settings, data or metrics.
+        """
+        found = checkpoint.load_newest(self.last)
+        kept: list[bytes] = []
+        problems: list[str] = []
         if found is not None:
             tensors, description, problems = found
-            for problem in problems:
-                self.console.print(f"{problem}; going on from the checkpoint before", style="yellow", highlight=False)
+            _refuse_other_settings(self.last, description["settings"], self.settings)
+            if description["data"] != self.data_checksum:
+                raise RuntimeError(f"{self.settings.data} holds other images than when {self.out} was begun; choose another --out")
             self.trainer.restore(tensors, description["trainer"])
             self.tally = Tally(**description["tally"])
-            kept = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[: self.tally.lines]
+            kept = self._lines_of_metrics()
+            self._go_on_without_a_damaged_best()
+            for problem in problems:
+                self._warn(f"{problem}; going on from the checkpoint before")
             if self.trainer.epoch < self.settings.epochs:
-                self.console.print(f"going on at epoch {self.trainer.epoch + 1}, step {self.trainer.step}", highlight=False)
-        files.write(self.out / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
+                self._say(f"going on at epoch {self.trainer.epoch + 1}, step {self.trainer.step}")
+        places = processes.gathered(torch.tensor([self.trainer.epoch, self.trainer.step]))
+        if (places != places[0]).any():
+            raise RuntimeError(f"the processes do not find the same checkpoint in {self.out}; it must be one folder for all of them")
+        if processes.is_first():
+            if problems:
+                checkpoint.previous(self.last).replace(self.last)  # what can be read is the newest now; what cannot, nothing
+            files.remove_leftovers(self.out)
+            files.write(self.metrics, b"".join(kept))
+
+    def _lines_of_metrics(self) -> list[bytes]:
+        """Those up to the checkpoint that the tally comes from."""
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        lines = lines[: self.tally.lines]
+        if len(lines) < self.tally.lines or zlib.crc32(b"".join(lines)) != self.tally.lines_checksum:
+            raise RuntimeError(
+                f"{self.metrics} is damaged: it does not hold the {self.tally.lines} lines of before the checkpoint; "
+                "put them back, or begin anew with another --out"
+            )
+        return lines
+
+    def _go_on_without_a_damaged_best(self) -> None:
+        try:
+            checkpoint.load(self.best)
+        except RuntimeError as error:
+            self._warn(f"{error}; the best weights of before are lost, and from here on the best are kept")
+            self.tally.best = self.tally.best_accuracy = None
 
     def train(self) -> None:
         """Trains to the last epoch."""
@@ -164,7 +223,7 @@ class Run:
 
     def _check(self, epoch: int) -> None:
         self._look({"epoch": epoch + 1, "step": self.trainer.step}, sum(self.unfiled) / len(self.unfiled))
-        if time.monotonic() - self.last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+        if processes.first_decides(time.monotonic() - self.last_saved > SECONDS_BETWEEN_CHECKPOINTS):
             self._save_last()
 
     def _end_of_epoch(self, epoch: int) -> None:
@@ -188,28 +247,43 @@ class Run:
                 quality = accuracy
         if self.tally.best is None or quality > self.tally.best:
             self.tally.best = quality
-            weights = {f"model.{name}": t for name, t in self.trainer.model.state_dict().items()}
-            checkpoint.save(self.out / "best.safetensors", weights, self._description())
+            self._save_best()
         line["losses"] = [round(loss, 5) for loss in self.unfiled]
         self.unfiled.clear()
-        with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        text = json.dumps(line)
+        if processes.is_first():
+            files.append(self.metrics, text)
         self.tally.lines += 1
+        self.tally.lines_checksum = zlib.crc32(f"{text}\n".encode(), self.tally.lines_checksum)
+
+    def _save_best(self) -> None:
+        weights = {f"model.{name}": t for name, t in self.trainer.model.state_dict().items()}
+        if processes.is_first():
+            checkpoint.save(self.best, weights, self._description())
 
     def _save_last(self) -> None:
         tensors, numbers = self.trainer.state()
-        description = self._description() | {"trainer": numbers, "tally": asdict(self.tally)}
-        checkpoint.save(self.out / "last.safetensors", tensors, description, keep_previous=True)
+        description = self._description() | {"trainer": numbers, "tally": asdict(self.tally), "data": self.data_checksum}
+        if processes.is_first():
+            checkpoint.save(self.last, tensors, description, keep_previous=True)
         self.last_saved = time.monotonic()
 
     def _description(self) -> dict[str, Any]:
         return {"settings": self.settings.for_file(), "classes": self.dataset.classes, "width": self.width}
 
     def _confusion(self, images: data.Images) -> Tensor:
-        return training.confusion_matrix(
-            self.trainer.model, images, self.settings.normalization,
+        matrix = training.confusion_matrix(
+            self.trainer.model, data.Images(*map(processes.share, images)), self.settings.normalization,
             num_classes=len(self.dataset.classes), device=self.device, precision=self.settings.precision,
         )  # fmt: skip
+        processes.add_up([matrix])
+        return matrix
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    def _warn(self, text: str) -> None:
+        self._say(text, "yellow")
 
     def _paths(self) -> list[str]:
         """On what the attention layers of this package ran, each sentence once."""
@@ -226,12 +300,14 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Judges the weights on the test images and writes result.json, report.md and the pictures."""
         settings, model = self.settings, self.trainer.model
+        if self.tally.best is None:
+            self._save_best()  # what was there was damaged, and training had come to its end
         last = self._confusion(self.dataset.test)
-        weights, _ = checkpoint.load(self.out / "best.safetensors")
+        weights, _ = checkpoint.load(self.best)
         model.load_state_dict(training.part_of(weights, "model."))
         best = self._confusion(self.dataset.test)
         tested = best if settings.tested == "best" else last
-        metrics = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        metrics = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
         result = {
             **settings.for_file(),
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -250,13 +326,17 @@ class Run:
             "commit": provenance.commit(),
             "versions": provenance.versions("visattn", "torch"),
         }
-        names = self.dataset.classes
+        if processes.is_first():
+            self._write_report(result, tested, metrics)
+        return result
+
+    def _write_report(self, result: dict[str, Any], tested: Tensor, metrics: list[dict[str, Any]]) -> None:
+        settings, names = self.settings, self.dataset.classes
         report.training_curves(self.out / "curves.png", metrics, self.trainer.steps_an_epoch, title(settings))
         heading = f"{title(settings)}: {100 * result['test_accuracy']:.2f} % of {result['test_images']} test images"
         report.confusion(self.out / "confusion.png", tested, names, heading)
         files.write(self.out / "report.md", report.training_report(result, title(settings)))
         files.write(self.out / "result.json", json.dumps(result, indent=1) + "\n")
-        return result
 
 
 def title(settings: Settings) -> str:
@@ -296,37 +376,59 @@ def train(settings: Settings, load: Loader, out: Path, *, resume: bool, console:
         RuntimeError: `out` holds a run, and `resume` was not asked for or its settings are others. Nothing was touched.
         RuntimeError, ValueError: the data cannot be had, or the settings do not fit it. Nothing was written.
     """
-    if _is_finished(settings, out, resume):
-        return json.loads((out / "result.json").read_text(encoding="utf-8"))
+    if processes.first_decides(processes.is_first() and _is_finished(settings, out, resume, console)):
+        return files.read_json(out / "result.json")
     dataset = load(settings.data, models.input_shape(settings.model))
     with use_backend(settings.backend), float32_precision(tf32=settings.precision == "tf32"):
         run = Run(settings, dataset, out, console)
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "settings.json", json.dumps(settings.for_file(), indent=1) + "\n")
-        run.resume()
-        run.train()
-        return run.finish()
+        with _only_writer(out):
+            run.resume()
+            if processes.is_first():
+                files.write(out / "settings.json", json.dumps(settings.for_file(), indent=1) + "\n")
+            run.train()
+            return run.finish()
 
 
-def _is_finished(settings: Settings, out: Path, resume: bool) -> bool:
-    """Whether the folder holds this very run's result. A run may be gone on with if all that changed is that it takes longer."""
-    if not (out / "settings.json").exists():
-        return False
-    if not resume:
+def _only_writer(out: Path) -> AbstractContextManager[None]:
+    if not processes.is_first():
+        return nullcontext()
+    out.mkdir(parents=True, exist_ok=True)
+    return files.locked(out)
+
+
+def _is_finished(settings: Settings, out: Path, resume: bool, console: Console) -> bool:
+    """Whether the folder holds this very run's result."""
+    stored, result = out / "settings.json", out / "result.json"
+    if not resume and (stored.exists() or (out / "last.safetensors").exists()):
         raise RuntimeError(f"{out} holds a run already; add --resume to go on with it, or choose another folder with --out")
-    stored = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    asked = settings.for_file()
-    compared = stored | {"epochs": max(stored["epochs"], asked["epochs"])}
-    differing = [f"{name} was {compared[name]!r}, now {asked[name]!r}" for name in asked if compared[name] != asked[name]]
+    if not stored.exists():
+        return False
+    try:
+        _refuse_other_settings(stored, files.read_json(stored), settings)
+        return result.exists() and files.read_json(result)["epochs"] == settings.epochs
+    except files.DamagedError as error:
+        console.print(f"{error}; it will be written anew", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        return False  # checkpoints hold the settings, too
+
+
+def _refuse_other_settings(path: Path, stored: dict[str, Any], asked: Settings) -> None:
+    """A run may be gone on with if all that changed is that it takes longer."""
+    before, now = Settings.from_file(stored).for_file(), asked.for_file()
+    before["epochs"] = max(before["epochs"], now["epochs"])
+    differing = [f"{name} was {before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     if differing:
-        raise RuntimeError(f"{out} holds a run with other settings: {'; '.join(differing)}; give the same, or choose another --out")
-    result = out / "result.json"
-    return result.exists() and json.loads(result.read_text(encoding="utf-8"))["epochs"] == asked["epochs"]
+        raise RuntimeError(f"{path} is of a run with other settings: {'; '.join(differing)}; give the same, or choose another --out")
 
 
 def model_of(path: Path) -> tuple[nn.Module, Settings, tuple[str, ...]]:
-    """The model of a checkpoint with its weights, in evaluation mode, the settings of its run, and its classes."""
+    """The model of a checkpoint with its weights, in evaluation mode, the settings of its run, and its classes.
+
+    Raises:
+        RuntimeError: it cannot be read, or is none of `visattn train`.
+    """
     tensors, description = checkpoint.load(path)
+    if missing := {"settings", "width", "classes"} - description.keys():
+        raise RuntimeError(f"{path} is no checkpoint of visattn train, it lacks {', '.join(sorted(missing))}")
     settings = Settings.from_file(description["settings"])
     model = models.create_model(settings.model, description["width"], attention=settings.attention)
     model.load_state_dict(training.part_of(tensors, "model."))

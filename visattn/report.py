@@ -81,8 +81,8 @@ def confusion(path: Path, matrix: Tensor, classes: Sequence[str], title: str) ->
         for column, value in enumerate(values):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 55 else "black")
     axes.set(xlabel="taken for", ylabel="class of the image", xticks=range(len(columns)), yticks=range(len(classes)))
-    axes.set_xticklabels(columns, rotation=45, ha="right")
-    axes.set_yticklabels(classes)
+    axes.set_xticklabels(columns, rotation=45, ha="right", parse_math=False)  # a folder may have $ in its name
+    axes.set_yticklabels(classes, parse_math=False)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="% of the class", shrink=0.8)
     save(figure, path)
@@ -110,7 +110,7 @@ def training_report(result: dict[str, Any], title: str) -> str:
         ["versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())],
     ]
     asked = ("model", "attention", "data", "train_images", "validation_images", "test_images", "epochs", "batch_size",
-             "learning_rate", "betas", "seed", "precision", "backend", "compile", "device")  # fmt: skip
+             "learning_rate", "betas", "seed", "precision", "backend", "compile", "device", "processes")  # fmt: skip
     settings = [[name.replace("_", " "), str(result[name])] for name in asked]
     return (
         f"# {title}\n\n{markdown_table(['result', ''], outcome)}\n{markdown_table(['setting', ''], settings)}\n"

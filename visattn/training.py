@@ -1,4 +1,7 @@
-"""Training one step at a time, in a way that can be stopped after any step and continued with the same bits."""
+"""Training one step at a time, in a way that can be stopped after any step and continued with the same bits.
+
+Several processes share each batch: their gradients and losses are added up, so that a step is that of one process up to rounding.
+"""
 
 import random
 import resource
@@ -11,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import processes
 from .data import Images, Normalization, batches
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -33,6 +37,7 @@ class Trainer:
     """A model in training with Adam and cross-entropy: `steps()` trains on, `state()` and `restore()` carry it across processes.
 
     The order of images is a function of the seed and the epoch alone, so that a position in training is two numbers.
+    All that is public is done by all processes together; `batch_size` is that of all of them.
     """
 
     def __init__(self, model: nn.Module, images: Images, options: Options, device: torch.device) -> None:
@@ -55,20 +60,38 @@ class Trainer:
     def steps(self) -> Iterator[float]:
         """The loss of each step from here to the end of the epoch, after which the next epoch is at its beginning."""
         self.model.train()
-        size, data_asked_for = self.options.batch_size, time.perf_counter()
-        for images, labels in batches(self.images, self.options.normalization, size, self._order()[self.step * size :]):
+        data_asked_for = time.perf_counter()
+        for share, images, labels in self._batches():
             self.seconds_for_data += time.perf_counter() - data_asked_for
-            self.optimizer.zero_grad()
-            with _autocast(self.device, self.options.precision):
-                loss = nn.functional.cross_entropy(self._forward(images), labels)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            loss = self._step(share, images, labels)
             self.step += 1
-            yield loss.item()
+            yield loss
             self.model.train()
             data_asked_for = time.perf_counter()
         self.epoch, self.step = self.epoch + 1, 0
+
+    def _batches(self) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """This process's part of every batch that the epoch has left: what share of the batch it is, images, labels."""
+        rest = self._order()[self.step * self.options.batch_size :]
+        if not len(rest):
+            return  # gone on with from a checkpoint between an epoch's last step and its end
+        whole = rest.split(self.options.batch_size)
+        parts = [processes.share(batch) for batch in whole]
+        every = batches(self.images, self.options.normalization, [len(part) for part in parts], torch.cat(parts))
+        for batch, (images, labels) in zip(whole, every, strict=True):
+            yield len(labels) / len(batch), images, labels
+
+    def _step(self, share: float, images: Tensor, labels: Tensor) -> float:
+        """The mean loss over a batch, of which this process has a share."""
+        self.optimizer.zero_grad()
+        with _autocast(self.device, self.options.precision):
+            loss = share * nn.functional.cross_entropy(self._forward(images), labels)
+        self.scaler.scale(loss).backward()
+        loss = loss.detach()
+        processes.add_up([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.item()
 
     def _order(self) -> Tensor:
         # PyTorch's generator on the CPU looks at 32 bits of a seed only, so seed and epoch are mixed first.
@@ -81,9 +104,9 @@ class Trainer:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in moments.items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
+        tensors["rng.cpu"] = processes.gathered(torch.get_rng_state())
         if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+            tensors["rng.cuda"] = processes.gathered(torch.cuda.get_rng_state(self.device))
         numbers = {"epoch": self.epoch, "step": self.step, "seconds_for_data": self.seconds_for_data, "scaler": self.scaler.state_dict()}
         return tensors, numbers
 
@@ -95,9 +118,9 @@ class Trainer:
             index, moment = name.split(".", 1)
             optimizer.setdefault(int(index), {})[moment] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
-        torch.set_rng_state(tensors["rng.cpu"])
+        torch.set_rng_state(tensors["rng.cpu"][processes.rank()])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][processes.rank()], self.device)
         self.epoch, self.step, self.seconds_for_data = numbers["epoch"], numbers["step"], numbers["seconds_for_data"]
         self.scaler.load_state_dict(numbers["scaler"])
 
