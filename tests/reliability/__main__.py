@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import filed
+from . import filed, survival
 from .figures import Figure, markdown
 
-PARTS: dict[str, Callable[[], list[Figure]]] = {}
+PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "survival": survival.figures,
+}
 """Each part's name and the `figures` of its module."""
 
 
