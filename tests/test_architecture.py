@@ -51,7 +51,7 @@ ALLOWED = {
     "convert": {"patching"},
     "files": set(),
     "provenance": set(),
-    "data": set(),
+    "data": {"files"},
     "recipes": {"data"},
     "processes": set(),
     "training": {"data", "processes"},

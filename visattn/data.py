@@ -1,14 +1,19 @@
 """Images to train on: decoded once, kept as bytes, normalised batch by batch on the device they are computed on."""
 
+import hashlib
+import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import files
+from .files import DamagedError
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of an image."""
@@ -102,7 +107,7 @@ def read_image(path: Path, shape: Shape) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("RGB" if channels == 3 else "L")
-    except OSError as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for bytes that they do not understand
         raise RuntimeError(f"{path} is not an image that can be read ({error}); remove it or fetch it again") from None
     if image.size != (width, height):
         factor = max(height / image.height, width / image.width)
@@ -133,15 +138,14 @@ def _torchvision(name: str, shape: Shape, root: Path, download: bool) -> Dataset
 
     source = {"cifar10": datasets.CIFAR10, "mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}[name]
     try:
-        train, test = (source(root, train=part) for part in (True, False))
-    except RuntimeError:
+        train, test = _read(source, root)
+    except DamagedError as error:
         if not download:
             raise RuntimeError(
-                f"{name} is not in {root}, or is damaged; --download fetches it, --data-root says where it is, "
+                f"{name} is not in {root}, or is damaged{error}; --download fetches it, --data-root says where it is, "
                 "--data folder:PATH reads a folder of images instead"
             ) from None
-        _download(source, root)
-        train, test = (source(root, train=part) for part in (True, False))
+        train, test = _downloaded(source, root)
     parts: list[Images] = []
     for part in (train, test):
         pixels = torch.as_tensor(part.data)
@@ -150,15 +154,61 @@ def _torchvision(name: str, shape: Shape, root: Path, download: bool) -> Dataset
     return Dataset(parts[0], parts[1], tuple(train.classes))
 
 
-def _download(source: Callable[..., Any], root: Path) -> None:
+def _read(source: Any, root: Path) -> tuple[Any, Any]:
+    """The training and the test part of a data set of torchvision.
+
+    CIFAR-10 comes as pickles, and torchvision looks at their checksums before it opens them. MNIST comes as numbers, and its
+    checksums are those of the archives, which are compared where they are kept. Their old pickled form is not read.
+
+    Raises:
+        DamagedError: it is missing or damaged; the message is a remark in brackets.
+    """
+    folder = root / source.__name__
+    if (folder / "processed").exists():
+        raise DamagedError(f" ({folder / 'processed'} holds pickles, which are not read; remove it)")
+    for archive, md5 in getattr(source, "resources", ()):
+        _compare(folder / "raw" / archive, md5)
+    try:
+        parts = source(root, train=True), source(root, train=False)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError):  # what torchvision makes of missing and damaged files
+        raise DamagedError("") from None
+    for part in parts:
+        labels = torch.as_tensor(part.targets)
+        if len(labels) != len(part.data) or not len(labels) or not 0 <= labels.min() <= labels.max() < len(part.classes):
+            raise DamagedError(" (labels and images do not fit each other)")
+    return parts
+
+
+def _compare(archive: Path, md5: str) -> None:
+    """An unpacked file with the .gz file that it comes from, if that is there."""
+    unpacked = archive.with_suffix("")
+    if not archive.exists() or not unpacked.exists():
+        return
+    packed = archive.read_bytes()
+    if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
+        raise DamagedError(f" ({archive} has another checksum than was published)")
+    if zlib.crc32(unpacked.read_bytes()).to_bytes(4, "little") != packed[-8:-4]:
+        raise DamagedError(f" ({unpacked} is not what {archive.name} holds)")
+
+
+def _downloaded(source: Any, root: Path) -> tuple[Any, Any]:
     """Fetches a data set beside its place and moves it there once all of it has come and its checksums are right."""
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-        for part in (True, False):
-            source(folder, train=part, download=True)
-        for path in Path(folder).iterdir():
-            if path.is_dir():
+    with files.locked(root, wait=True):
+        try:
+            return _read(source, root)  # another process may have fetched it meanwhile
+        except DamagedError:
+            pass
+        for left in root.glob(".download-*"):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            for part in (True, False):
+                source(folder, train=part, download=True)
+            for path in [path for path in Path(folder).iterdir() if path.is_dir()]:
+                if (root / path.name).exists():
+                    (root / path.name).replace(Path(folder, f"damaged-{path.name}"))
                 path.replace(root / path.name)
+        return _read(source, root)
 
 
 def _folder(path: Path, shape: Shape) -> Dataset:

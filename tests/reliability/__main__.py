@@ -5,10 +5,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import filed, survival
+from . import damage, filed, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "damage": damage.figures,
     "survival": survival.figures,
 }
 """Each part's name and the `figures` of its module."""
