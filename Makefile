@@ -6,7 +6,7 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo bench test test-all test-compat reliability lint clean
+.PHONY: demo bench test test-all test-compat fuzz reliability lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
@@ -31,6 +31,12 @@ test-all: lint
 test-compat: $(COMPAT)/installed
 	$(COMPAT)/bin/python -m pytest -n 2 -m "not full"
 	TRITON_INTERPRET=1 $(COMPAT)/bin/python -m pytest -n 2 -m "kernels and not full"
+
+# Random calls against float64; a mismatch is printed as the line that repeats it.
+fuzz: N ?= 10000
+fuzz: SEED ?= 0
+fuzz: $(VENV)/installed
+	$(IN)python -m tests.reliability.fuzzing --cases $(N) --seed $(SEED)
 
 lint: $(VENV)/installed
 	$(IN)ruff check .

@@ -7,6 +7,7 @@ import torch
 
 from visattn import device
 
+from . import oracle
 from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS, GENERAL_FAULTS
 
 INTERPRETING = device.triton_is_interpreting()
@@ -47,11 +48,6 @@ def place(backend: str) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fills what torch.empty returns with NaN, so that an element that is never written cannot look right."""
-    previous = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = previous
+def _poisoned_memory():
+    with oracle.poisoned_memory():
+        yield

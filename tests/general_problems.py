@@ -54,6 +54,9 @@ class Problem:
     def to(self, where: torch.dtype | torch.device) -> "Problem":
         return replace(self, tensors={name: t.to(where) for name, t in self.tensors.items()}, d_out=self.d_out.to(where))
 
+    def named(self) -> list[tuple[str, Tensor]]:
+        return [*self.tensors.items(), ("d_out", self.d_out)]
+
     def call(self, function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> Tensor:
         arguments = dict(tensors)
         weight, bias = arguments.pop("norm_weight", None), arguments.pop("norm_bias", None)

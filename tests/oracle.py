@@ -117,6 +117,19 @@ def run(attention: Attention, problem: Problem) -> Results:
 
 
 @contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills what torch.empty returns with NaN, so that an element that is never written cannot look right."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = previous
+
+
+@contextlib.contextmanager
 def recorded_backends() -> Iterator[list[str]]:
     """The names of the backends that really ran within the block."""
     ran: list[str] = []

@@ -9,49 +9,10 @@ from torch import Tensor
 from visattn import functional, reference, use_backend
 
 from .conftest import INTERPRETING
+from .layouts import LAYOUTS, channels_last, contiguous, lazily_negated, one_column_for_all, one_map_for_all, sliced, transposed
 from .oracle import Problem, assert_correct, make_problem, run_layer
 
 SHAPE = (2, 24, 6, 8)
-
-
-def contiguous(t: Tensor) -> Tensor:
-    return t.contiguous()
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def sliced(t: Tensor) -> Tensor:
-    n, c, h, w = t.shape
-    big = t.new_full((n + 1, c + 3, h + 2, w), float("nan"))
-    big[1:, 2:-1, 1:-1] = t
-    return big[1:, 2:-1, 1:-1]
-
-
-def strided(t: Tensor) -> Tensor:
-    big = t.new_full((*t.shape[:3], 2 * t.shape[3]), float("nan"))
-    big[..., ::2] = t
-    return big[..., ::2]
-
-
-def batch_innermost(t: Tensor) -> Tensor:
-    return t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-
-
-def one_map_for_all(t: Tensor) -> Tensor:
-    return t[:1].expand(t.shape)
-
-
-def one_column_for_all(t: Tensor) -> Tensor:
-    return t[..., :1].expand(t.shape)
-
-
-LAYOUTS = [contiguous, channels_last, transposed, sliced, strided, batch_innermost, one_map_for_all, one_column_for_all]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -67,8 +28,11 @@ def test_layouts(layout, gradient_layout, dtype, backend, place):
 
 @pytest.mark.parametrize(
     ("layout", "gradient_layout"),
-    [(channels_last, contiguous), (contiguous, channels_last), (sliced, one_map_for_all), (one_column_for_all, transposed)],
-)
+    [
+        (channels_last, contiguous), (contiguous, channels_last), (sliced, one_map_for_all), (one_column_for_all, transposed),
+        (lazily_negated, contiguous), (contiguous, lazily_negated),
+    ],
+)  # fmt: skip
 def test_layouts_with_narrow_queries(layout, gradient_layout, backend, place):
     if backend == "triton" and INTERPRETING:
         compare_bits_in_interpreter(layout, gradient_layout, torch.float16, qk_channels=5)

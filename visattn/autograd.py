@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import query_normalized, torch_backend
+from .device import autocast_is_enabled
 from .folding import Gradients, Weights, weight_gradients
 from .second_order import backward_of_backward
 
@@ -67,6 +68,11 @@ def differentiable(x: Tensor, b_k: Tensor | None, weights: Weights, settings: Se
     if transforms_are_active():
         return TransformedSelfAttention.apply(x, b_k, *weights, settings)[0]
     return SelfAttention.apply(x, b_k, *weights, settings)
+
+
+def derives_forwards() -> bool:
+    """Whether forward-mode derivatives are being computed somewhere."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def transforms_are_active() -> bool:
@@ -158,4 +164,4 @@ class SelfAttentionBackward(torch.autograd.Function):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The operands already have the dtype they are to be computed in; autocast inside would round fp32 sums."""
     device_type = x.device.type
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_is_enabled(device_type) else nullcontext()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import validation
 from .patching.families import BY_NAME, QKV_ORDERS, Family
 from .patching.running import split
 
@@ -46,12 +47,17 @@ def load(
         The name of the family.
 
     Raises:
+        TypeError: the arguments are not as above, or a weight is no tensor of floating numbers. Nothing has been loaded.
         ValueError: the keys are no known block's, or do not fit the layer; the message names each. Nothing has been loaded.
     """
-    state = _widened(_below(_tensors(state_dict), prefix))
+    validation.check_module("layer", layer)
+    tensors = _tensors(state_dict)
+    validation.check_state_dict(tensors, prefix)
+    state = _widened(_below(tensors, prefix))
     known = _recognised(state, family, prefix)
     num_heads = getattr(layer, "num_heads", 1)
     found = _converted(state, known, _order(known, qkv_order, num_heads), num_heads)
+    validation.check_weights(found)
     own = layer.state_dict()
     for name, tensor in own.items():
         if name.endswith(".bias") and name not in found and f"{name.removesuffix('bias')}weight" in found:

@@ -31,6 +31,11 @@ def _triton_is_interpreting() -> bool:
     return TRITON_IS_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def autocast_is_enabled(device_type: str) -> bool:
+    """Whether autocast is on for tensors of that type of device. Of "meta", which has none, PyTorch refuses the question."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 @torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> tuple[int, int]:
     return _compute_capability(device)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, block, channel, dispatch, query_normalized, token_attention, validation
+from .device import autocast_is_enabled
 from .folding import Weights
 from .normalization import GroupNorm, normalized
 
@@ -65,12 +66,13 @@ def self_attention_2d(
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been computed.
         RuntimeError: an explicitly named backend cannot run; the message holds every reason.
+        NotImplementedError: `torch.vmap` or forward-mode derivatives are asked for.
     """
     if w_o is not None or b_o is not None or num_heads != 1 or norm is not None or pool != 1 or res_scale != 1.0:
         weights = block.Weights(w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma)
         return _block(x, weights, scale, num_heads, norm, pool, residual, res_scale, normalize, backend)
-    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize)
-    if torch.is_autocast_enabled(x.device.type):
+    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, residual, normalize)
+    if autocast_is_enabled(x.device.type):
         return _under_autocast(x, (w_q, w_k, w_v, b_q, b_k, b_v), gamma, scale, residual, normalize, backend)
     qk_channels = w_q.shape[0]
     selected = dispatch.select_backend(x, qk_channels, backend, normalize)
@@ -108,9 +110,16 @@ def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: We
         from . import ops
 
         return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph)[0]
+    _refuse_transforms(x, b_k, *weights)
     if needs_graph:
         return autograd.differentiable(x, b_k, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Whatever goes forward with the values, beside them, would be lost in the kernels."""
+    if autograd.transforms_are_active() or autograd.derives_forwards():
+        validation.check_transforms(tensors)
 
 
 def _block(
@@ -127,8 +136,10 @@ def _block(
 ) -> Tensor:
     """The block around the plain layer, or around attention on tokens."""
     w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma = weights
-    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, normalize, w_o is not None)
+    validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, residual, normalize, w_o is not None)
     validation.check_block(x, w_q, w_v, w_o, b_o, num_heads, norm, pool, res_scale, normalize)
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(x, *weights, *(() if norm is None else (norm.weight, norm.bias)))
     dtype = _compute_dtype(x)
     with autograd.without_autocast(x):
         h, weights = normalized(x, norm).to(dtype), weights.map(lambda w: w.to(dtype))
@@ -199,8 +210,11 @@ def channel_attention(
     Raises:
         TypeError, ValueError: the arguments do not fit together; nothing has been computed.
         RuntimeError: `use_backend` or VISATTN_BACKEND asks for "triton"; there is no kernel.
+        NotImplementedError: `torch.vmap` or forward-mode derivatives are asked for.
     """
-    validation.check_channel_attention(x, w_q, w_k, w_v, b_q, b_k, b_v, scale)
+    validation.check_channel_attention(x, w_q, w_k, w_v, b_q, b_k, b_v, scale, residual)
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(x, w_q, w_k, w_v, b_q, b_k, b_v)
     channels = x.shape[1]
     dispatch.select_backend(x, channels, None, "channels")
 
@@ -243,18 +257,16 @@ def attention_rows(
         weight depends on what all the other queries make of that key. Memory is as much, times the number of heads.
 
     Raises:
-        TypeError, ValueError: x or pixels are not as above.
+        TypeError, ValueError: the arguments do not fit together; nothing has been computed.
     """
-    validation.check_map(x)
+    validation.check_queries_and_keys(x, w_q, w_k, b_q, b_k, scale, normalize)
+    validation.check_block(x, w_q, w_k, None, None, num_heads, norm, pool, 1.0, normalize)
+    validation.check_pixels(pixels, x)
     height, width = x.shape[2:]
-    validation.check_pixels(pixels, height, width)
-    validation.check_normalize(normalize)
-    validation.check_norm(x, norm)
-    validation.check_pool(x, pool)
-    validation.check_heads(num_heads, w_q.shape[0])
     factor = (w_q.shape[0] // num_heads) ** -0.5 if scale is None else scale
     x = normalized(x, norm)
     tokens = x.flatten(2)
+    pixels = pixels.long()  # narrower integers would overflow
     index = pixels[:, 0] * width + pixels[:, 1]
     if normalize == "queries":
         return query_normalized.rows(tokens, w_q.flatten(1), w_k.flatten(1), b_k, index, factor).unflatten(2, (height, width))
@@ -271,6 +283,6 @@ def attention_rows(
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or the autocast dtype where autocast would convert x; it never converts float64."""
     device_type = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if x.dtype != torch.float64 and autocast_is_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype

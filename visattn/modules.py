@@ -42,6 +42,7 @@ class _ThreeConvolutions(AttentionLayer):
     def __init__(self, in_channels: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         super().__init__()
         validation.check_in_channels(in_channels)
+        validation.check_dtype(dtype)
         self.in_channels = in_channels
         self.conv_query = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
         self.conv_key = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
@@ -141,8 +142,10 @@ class SelfAttention2d(AttentionLayer):
         qk_channels = in_channels if qk_channels is None else qk_channels
         value_channels = in_channels if value_channels is None else value_channels
         validation.check_layer(
-            in_channels, qk_channels, value_channels, num_heads, scale, norm_groups, norm_eps, out_proj, gamma, pool, res_scale
-        )
+            in_channels, qk_channels, value_channels, num_heads, scale, norm_groups, norm_eps, out_proj, gamma, pool,
+            bias, residual, res_scale,
+        )  # fmt: skip
+        validation.check_dtype(dtype)
         self.num_heads, self.scale, self.pool = num_heads, scale, pool
         self.residual, self.res_scale = residual, res_scale
 
@@ -211,7 +214,7 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
         TypeError, ValueError: x does not fit the layer.
     """
     asked = _asked_of(layer)
-    validation.check_map(x)
+    validation.check_queries_and_keys(x, asked.w_q, asked.w_k, asked.b_q, asked.b_k, asked.scale, "keys")
     qk_channels = asked.w_q.shape[0]
     if not isinstance(layer, SelfAttention2d):
         return dispatch.explain_selection(x, qk_channels, kind=asked.normalize)

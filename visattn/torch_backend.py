@@ -183,8 +183,9 @@ def output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Ten
     """`γ W_v` (C, C) and `γ b_v` (C)."""
     w_v, b_v = weights.w_v, weights.b_v
     if weights.gamma is not None:
-        w_v = weights.gamma * w_v
-        b_v = None if b_v is None else (weights.gamma * b_v)
+        gamma = weights.gamma.reshape(1)
+        w_v = gamma * w_v
+        b_v = None if b_v is None else gamma * b_v
     return w_v.to(dtype), None if b_v is None else b_v.to(dtype)
 
 

@@ -26,7 +26,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     y = torch.empty_like(out_tokens) if save or config.steps_over_channels(channels) else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
     if maps:
-        tokens, weights = x.flatten(2), weights.map(Tensor.contiguous)
+        tokens, weights = _in_memory(x.flatten(2)), weights.map(_contiguous)
         with on_device_of(x):
             if projected:
                 q, k = _queries_and_keys(tokens, weights, scale, projected)
@@ -59,8 +59,8 @@ def backward(
         return d_x, Moments(zeros, zeros[0], zeros, zeros[0]) if need_weights else None
 
     configs = kernels.backward_configs(channels, x.dtype, target)
-    tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
-    weights = weights.map(Tensor.contiguous)
+    tokens, g, d_tokens = _in_memory(x.flatten(2)), _in_memory(d_out.flatten(2)), None if d_x is None else d_x.flatten(2)
+    weights = weights.map(_contiguous)
     w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
         d_k = None
@@ -80,6 +80,15 @@ def backward(
         value, value_total = kernels.token_moments(g, y, config=configs.token_moments)
         key = None if d_k is None else _key_moment(d_k, tokens, configs)
     return d_x, Moments(query, query_total, value, value_total, key)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """With its numbers in memory, where kernels read them: the imaginary part of a conjugate is negated by whoever reads it."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _contiguous(weight: Tensor) -> Tensor:
+    return weight.resolve_neg().contiguous() if weight.is_neg() else weight.contiguous()
 
 
 def _projects_keys(weights: Weights, channels: int) -> bool:

@@ -34,7 +34,9 @@ def backward(
     if q.numel():
         configs = kernels.token_configs(q.shape[1], v.shape[1], q.dtype, kernel_target(q.device))
         with on_device_of(q):
-            kernels.token_attention_backward(*_operands(q, k, v, scale), d_y, y, lse, d_q, d_k, d_v, scale=scale, configs=configs)
+            kernels.token_attention_backward(
+                *_operands(q, k, v, scale), d_y.resolve_neg(), y, lse, d_q, d_k, d_v, scale=scale, configs=configs
+            )
     return d_q, d_k, d_v
 
 

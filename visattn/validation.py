@@ -1,11 +1,21 @@
 """The checks of the public boundary, and every error text of them: what was expected, what came, what to do."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_level
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
+from .device import autocast_is_enabled
 from .normalization import GroupNorm
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
+_PIXELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_backend(backend: str, known: Sequence[str], source: str) -> None:
@@ -18,15 +28,25 @@ def check_normalize(normalize: str) -> None:
         raise ValueError(f"normalize must be 'keys' (each query's weights sum to one) or 'queries' (each key's do), got {normalize!r}")
 
 
+def check_module(name: str, module: torch.nn.Module) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+
+
 def check_patching(model: torch.nn.Module, attention_maps: str) -> None:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if attention_maps not in ("keep", "skip"):
         raise ValueError(f"attention_maps must be 'keep' (such blocks stay) or 'skip' (they return None instead), got {attention_maps!r}")
 
 
 def check_in_channels(in_channels: int) -> None:
     _check_count("in_channels", in_channels)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """That of a layer's parameters; None is PyTorch's default."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be torch's {_DTYPES_IN_WORDS}, or None, got {dtype!r}")
 
 
 def check_layer(
@@ -40,6 +60,8 @@ def check_layer(
     out_proj: bool,
     gamma: float | None,
     pool: int,
+    bias: bool,
+    residual: bool,
     res_scale: float,
 ) -> None:
     """The contract of `SelfAttention2d`, before it makes parameters."""
@@ -49,8 +71,10 @@ def check_layer(
     check_heads(num_heads, qk_channels, value_channels)
     if norm_groups is not None:
         _check_groups("norm_groups", norm_groups, in_channels)
-    for name, number in (("norm_eps", norm_eps), ("res_scale", res_scale)):
-        _check_number(name, number)
+    _check_eps("norm_eps", norm_eps)
+    _check_number("res_scale", res_scale)
+    for name, flag in (("out_proj", out_proj), ("bias", bias), ("residual", residual)):
+        _check_flag(name, flag)
     for name, optional in (("scale", scale), ("gamma", gamma)):
         if optional is not None:
             _check_number(name, optional)
@@ -64,12 +88,14 @@ def check_map(x: Tensor) -> None:
     """x must be a floating map (N, C, H, W) with at least one channel and one pixel; N may be 0."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError("x must be a dense tensor, got a nested one; pass maps of different sizes one by one")
     shape = x.shape
     if len(shape) != 4:
         hint = "; add a batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(shape)}{hint}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must have a floating dtype, got {x.dtype}; convert it with x.float()")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be {_DTYPES_IN_WORDS}, got {x.dtype}; convert it with x.float()")
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
@@ -86,6 +112,7 @@ def check_self_attention_2d(
     b_v: Tensor | None,
     gamma: Tensor | None,
     scale: float | None,
+    residual: bool,
     normalize: str,
     has_output_projection: bool = False,
 ) -> None:
@@ -102,7 +129,7 @@ def check_self_attention_2d(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != device or tensor.dtype != dtype:
+        if tensor.device != device or tensor.dtype != dtype or tensor.layout != torch.strided:
             _check_like_x(name, tensor, x)
     qk_channels = _check_weight("w_q", w_q, None, channels)
     _check_weight("w_k", w_k, qk_channels, channels)
@@ -112,8 +139,19 @@ def check_self_attention_2d(
             raise ValueError(f"{name} must have shape ({size},) to match its weight, got {tuple(bias.shape)}")
     if gamma is not None and gamma.numel() != 1:
         raise ValueError(f"gamma must have exactly one element, got shape {tuple(gamma.shape)}")
-    if scale is not None and not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a float or None (1/√qk_channels), got {type(scale).__name__}; a tensor would need scale.item()")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a float or None (1/√qk_channels), got {type(scale).__name__}; a tensor would need scale.item()")
+        _check_number("scale", scale)
+    if residual is not True and residual is not False:
+        _check_flag("residual", residual)
+
+
+def check_queries_and_keys(
+    x: Tensor, w_q: Tensor, w_k: Tensor, b_q: Tensor | None, b_k: Tensor | None, scale: float | None, normalize: str
+) -> None:
+    """What `check_self_attention_2d` has to say on them, where nobody asks about values."""
+    check_self_attention_2d(x, w_q, w_k, w_k, b_q, b_k, None, None, scale, True, normalize, has_output_projection=True)
 
 
 def check_block(
@@ -165,7 +203,7 @@ def check_norm(x: Tensor, norm: GroupNorm | None) -> None:
         raise TypeError(f"norm must be a visattn.functional.GroupNorm or None, got {type(norm).__name__}")
     channels = x.shape[1]
     _check_groups("norm.num_groups", norm.num_groups, channels)
-    _check_number("norm.eps", norm.eps)
+    _check_eps("norm.eps", norm.eps)
     for name, vector in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
         if vector is not None:
             _check_vector(name, vector, x, channels)
@@ -187,18 +225,68 @@ def check_channel_attention(
     b_k: Tensor | None,
     b_v: Tensor | None,
     scale: float | None,
+    residual: bool,
 ) -> None:
     """The whole contract of `functional.channel_attention`: that of `self_attention_2d`, and w_q keeps the channels."""
-    check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, None, scale, "keys")
+    check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, None, scale, residual, "keys")
     _check_weight("w_q", w_q, x.shape[1], x.shape[1])
 
 
-def check_pixels(pixels: Tensor, height: int, width: int) -> None:
-    """pixels must be integer pairs (row, column) inside the map."""
-    if not isinstance(pixels, Tensor) or pixels.is_floating_point() or pixels.dtype in (torch.bool, torch.complex64, torch.complex128):
+def check_state_dict(tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """tensors must be tensors by name, prefix what some names begin with."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a str, got {prefix!r}")
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"state_dict must be a mapping or the path of a .safetensors file, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or (name.startswith(prefix) and not isinstance(tensor, Tensor)):
+            raise TypeError(f"state_dict must hold tensors by their names, got {type(tensor).__name__} as {name!r}")
+
+
+def check_weights(weights: Mapping[str, Tensor]) -> None:
+    """Numbers that parameters can be set to."""
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype in the block, got {weight.dtype}")
+        if weight.is_meta:
+            raise ValueError(f"{name} must hold numbers in the block, got a meta tensor; load the block's weights before")
+
+
+def check_transforms(tensors: Iterable[Tensor | None]) -> None:
+    """No tensor may be one of `torch.vmap` or carry a forward-mode derivative."""
+    forward_levels = {i.level() for i in retrieve_all_functorch_interpreters() if i.key() == TransformType.Jvp}
+    for tensor in tensors:
+        while tensor is not None and is_functorch_wrapped_tensor(tensor):  # by one transform after the other, from within
+            if is_batchedtensor(tensor):
+                raise NotImplementedError(
+                    "torch.vmap must not go over the layer, got one of its tensors; make its dimension part of N, "
+                    "or call the layer once for each set of weights"
+                )
+            if maybe_get_level(tensor) in forward_levels:
+                _refuse_forward_mode()
+            tensor = get_unwrapped(tensor)
+        if tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            _refuse_forward_mode()
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) must not go through the layer, got a tensor with a tangent; "
+        "take reverse-mode ones (torch.func.vjp, torch.func.grad), or those of visattn.reference"
+    )
+
+
+def check_pixels(pixels: Tensor, x: Tensor) -> None:
+    """pixels must be integer pairs (row, column) inside the map x (N, C, H, W)."""
+    height, width = x.shape[2:]
+    if not isinstance(pixels, Tensor) or pixels.dtype not in _PIXELS or pixels.is_nested or pixels.layout != torch.strided:
         raise TypeError(f"pixels must be an integer torch.Tensor of pairs (row, column), got {pixels!r}")
     if pixels.ndim != 2 or pixels.shape[1] != 2:
         raise ValueError(f"pixels must have shape (P, 2), pairs (row, column), got {tuple(pixels.shape)}")
+    if pixels.device.type not in ("cpu", x.device.type):
+        raise ValueError(f"pixels must be on the CPU or on x's device {x.device}, got {pixels.device}; move them with .to()")
+    if pixels.is_meta:
+        return
     outside = (pixels < 0).any(1) | (pixels[:, 0] >= height) | (pixels[:, 1] >= width)
     if outside.any():
         raise ValueError(f"pixels must lie inside the {height}×{width} map, got {pixels[outside][0].tolist()}")
@@ -207,8 +295,10 @@ def check_pixels(pixels: Tensor, height: int, width: int) -> None:
 def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}; move the layer or x with .to()")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if tensor.dtype != x.dtype and not (autocast and tensor.is_floating_point()):
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; convert it with .to_dense()")
+    autocast = autocast_is_enabled(x.device.type)
+    if tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with .to(), or use torch.autocast")
 
 
@@ -240,6 +330,19 @@ def _check_groups(name: str, groups: int, channels: int) -> None:
 def _check_number(name: str, number: float) -> None:
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{name} must be a float, got {type(number).__name__}")
+    if not -sys.float_info.max <= number <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _check_eps(name: str, eps: float) -> None:
+    _check_number(name, eps)
+    if eps < 0:
+        raise ValueError(f"{name} must not be negative, got {eps}; it is added to a variance")
+
+
+def _check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
 def _check_weight(name: str, weight: Tensor, rows: int | None, columns: int, whose: str = "x's") -> int:

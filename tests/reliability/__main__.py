@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import damage, filed, survival
+from . import bad_inputs, damage, filed, fuzzing, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "fuzzing": fuzzing.figures,
+    "bad_inputs": bad_inputs.figures,
     "damage": damage.figures,
     "survival": survival.figures,
 }

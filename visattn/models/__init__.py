@@ -81,9 +81,11 @@ def create_model(name: str, num_classes: int = 10, *, attention: str | None = No
         attention: one of `attentions(name)`; None means the first of them.
 
     Raises:
-        ValueError: there is no such model, no such kind of it, or no class to score.
+        TypeError, ValueError: there is no such model, no such kind of it, or no class to score.
     """
     model = _row(name)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"num_classes must be an int, got {num_classes!r}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if attention is not None and attention not in model.layers:
@@ -95,6 +97,6 @@ def create_model(name: str, num_classes: int = 10, *, attention: str | None = No
 
 
 def _row(name: str) -> Model:
-    if name not in _MODELS:
+    if not isinstance(name, str) or name not in _MODELS:
         raise ValueError(f"unknown model {name!r}, expected one of {', '.join(_MODELS)}")
     return _MODELS[name]

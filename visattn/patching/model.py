@@ -92,7 +92,12 @@ def patch_model(model: nn.Module, *, attention_maps: str = "keep") -> PatchRepor
 
 
 def unpatch_model(model: nn.Module) -> list[str]:
-    """Gives every patched block of the model its own forward method back, and returns their names."""
+    """Gives every patched block of the model its own forward method back, and returns their names.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    validation.check_module("model", model)
     names = [name for name, module in model.named_modules() if _is_patched(module)]
     for name in names:
         _restore(model.get_submodule(name))

@@ -1,0 +1,88 @@
+"""Random calls, and that known-wrong attentions do not survive them."""
+
+import shlex
+from dataclasses import replace
+
+import pytest
+from visattn.kernels import launch_config
+
+from .conftest import INTERPRETING
+from .reliability import fuzzing
+from .reliability.fuzzing import Case, cases, fuzz
+from .wrong_attentions import general_attention, with_fault
+
+SEED = 0
+
+
+@pytest.mark.skipif(INTERPRETING, reason="about the PyTorch path")
+def test_random_calls():
+    outcome = fuzz(300, SEED)
+    assert not outcome.mismatches, str(outcome)
+    assert len(outcome.cases) == 300
+    assert outcome.fits_no_block >= 0.4
+    assert outcome.not_contiguous >= 0.3
+    assert {case.form for case in outcome.cases} == {"plain", "folded", "projected", "queries"}
+    assert {case.dtype for case in outcome.cases} == set(fuzzing.DTYPES)
+
+
+@pytest.mark.kernels
+def test_random_calls_on_the_kernels():
+    outcome = fuzz(20, SEED)
+    assert not outcome.mismatches, str(outcome)
+    assert {case.expected_backend for case in outcome.cases} <= {"triton", "torch"}
+
+
+def plain(case: Case) -> Case:
+    """What the known-wrong attentions take: in fp32, where they cannot hide, of more pixels and channels than one."""
+    biases = ("b_q", "b_k", "b_v")
+    case = replace(
+        case, maps=2, channels=5, height=3, width=7, qk_channels=4, value_channels=None, num_heads=1, pool=1, groups=0, biases=biases,
+        gamma=True, convolutions=False, scale=None, residual=False, res_scale=1.0, normalize="keys", dtype="float32", spoiled=False,
+        backend="torch",
+    )  # fmt: skip
+    return replace(case, wanted=tuple(name for name in case.tensor_names if name != "b_k"))
+
+
+def everything(case: Case) -> Case:
+    case = replace(
+        plain(case), channels=6, height=4, qk_channels=8, value_channels=4, num_heads=2, pool=2, groups=2, affine=True,
+        biases=("b_q", "b_k", "b_v", "b_o"), scale=0.3, residual=True, res_scale=0.5, regime="peaked", layout="contiguous",
+    )  # fmt: skip
+    return replace(case, wanted=tuple(name for name in case.tensor_names if name != "b_k"))
+
+
+FAULTS = [
+    "", "scale 1/C", "one key dropped", "last tile unmasked", "height and width swapped", "gamma ignored", "attention matrix transposed",
+    "bias of the query ignored", "values not projected",
+]  # fmt: skip
+GENERAL_FAULTS = ["", "heads interleaved", "another eps", "windows over the edge", "bias of the output without gamma", "result not scaled"]
+
+
+@pytest.mark.skipif(INTERPRETING, reason="no kernel is involved")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_known_wrong_attentions_are_found(fault):
+    def function(normalize, num_heads, pool, scale, res_scale, norm, **arguments):
+        return with_fault(fault)(**arguments, normalize=normalize)
+
+    assert bool(fuzz(3, SEED, function, cases().map(plain)).mismatches) == bool(fault)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="no kernel is involved")
+@pytest.mark.parametrize("fault", GENERAL_FAULTS)
+def test_known_wrong_blocks_are_found(fault):
+    def function(residual, normalize, **arguments):
+        out = general_attention(**arguments, fault=fault)
+        return out if residual else out - arguments["res_scale"] * arguments["x"]
+
+    assert bool(fuzz(3, SEED, function, cases().map(everything)).mismatches) == bool(fault)
+
+
+def test_cases_survive_the_command_line():
+    for case in fuzz(3, SEED).cases:
+        assert Case.parse(shlex.split(case.replay)[-1]) == case
+
+
+def test_no_block_is_smaller_than_assumed():
+    tables = (launch_config._TABLE, launch_config._PROJECTED_TABLE, launch_config._TOKEN_TABLE, launch_config._EQUAL_WIDTHS_TABLE)
+    sizes = {size for table in tables for rows in table.values() for row in rows.values() for entry in row for size in entry[:4]}
+    assert all(size % fuzzing.SMALLEST_BLOCK == 0 for size in sizes)
