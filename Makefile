@@ -6,7 +6,7 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo bench test test-all test-compat fuzz reliability lint clean
+.PHONY: demo bench test test-all test-compat fuzz mutants reliability lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
@@ -37,6 +37,10 @@ fuzz: N ?= 10000
 fuzz: SEED ?= 0
 fuzz: $(VENV)/installed
 	$(IN)python -m tests.reliability.fuzzing --cases $(N) --seed $(SEED)
+
+# Faults seeded into a copy of the tree, one at a time: the test named for each has to find it.
+mutants: $(VENV)/installed
+	$(IN)python -m tests.reliability.mutants
 
 lint: $(VENV)/installed
 	$(IN)ruff check .

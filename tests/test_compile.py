@@ -167,6 +167,24 @@ def test_op_and_eager_give_the_same_bits():
         assert torch.equal(a, b)
 
 
+def test_ops_do_not_heed_autocast():
+    """Their operands have the dtype they are to be computed in; autocast would round the sums inside (pytorch#87979)."""
+    x, b_k, *weights = op_arguments("cpu", torch.contiguous_format, optional=True, requires_grad=False)
+    q, k, v, g = (torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
+
+    def everything():
+        out, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, "keys", "torch", True)
+        y_of_tokens, lse_of_tokens = ops.token_attention(q, k, v, None, 0.3, "torch")
+        gradients = ops.self_attention_2d_backward(torch.ones_like(x), x, *weights, y, lse, 0.3, True, "keys", "torch", True, True)
+        return out, y_of_tokens, *gradients, *ops.token_attention_backward(g, q, k, v, y_of_tokens, lse_of_tokens, 0.3, "torch")
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = everything()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.gpu
 def test_cuda_graph_replays_the_layer():
     assert HAS_GPU

@@ -45,6 +45,18 @@ def test_an_explicit_backend_runs(backend, place):
     run_layer(make_problem((1, 8, 3, 3)), backend, place)
 
 
+@pytest.mark.kernels
+@pytest.mark.skipif(not INTERPRETING, reason="about Triton's interpreter")
+def test_bfloat16_is_refused_in_the_interpreter(x):
+    """It computes their products wrongly and says nothing."""
+    module = visattn.Attention(8).bfloat16()
+    with recorded_backends() as ran:
+        module(x.bfloat16())
+    assert ran == ["torch"]
+    with use_backend("triton"), pytest.raises(RuntimeError, match="Triton's interpreter computes bfloat16 dots wrongly"):
+        module(x.bfloat16())
+
+
 def test_argument_beats_context_beats_environment(x, monkeypatch):
     monkeypatch.setenv("VISATTN_BACKEND", "triton")
     assert dispatch.requested_backend(None) == "triton"

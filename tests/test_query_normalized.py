@@ -87,6 +87,12 @@ def test_chunks_of_keys_are_added_up(scores_at_once, dtype, place, monkeypatch):
     assert_correct(problems((3, 8, 5, 7), dtype, regime="peaked"), "torch", place)
 
 
+def test_many_chunks_in_bfloat16(place, monkeypatch):
+    """A chunk for each of 256 keys: sums that are rounded every time lose what a single rounding keeps."""
+    monkeypatch.setattr(torch_attention, "SCORES_AT_ONCE", 256)
+    assert_correct(problems((1, 8, 16, 16), torch.bfloat16), "torch", place)
+
+
 @pytest.mark.parametrize(("layout", "gradient_layout"), list(zip(LAYOUTS, LAYOUTS[3:] + LAYOUTS[:3], strict=True)))
 def test_layouts(layout, gradient_layout, place):
     several = [p.to(place) for p in problems((3, 16, 5, 7), regime="peaked")]

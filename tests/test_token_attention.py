@@ -122,6 +122,16 @@ class TestKernels:
         for got, expected in zip(results, self.run("torch", *(t.cpu().double() for t in (d_y, q, k, v)), 0.05), strict=True):
             assert (got.cpu().double() - expected).norm() < 1e-6 * expected.norm()
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_rounding_of_the_values_mean_does_not_reach_the_keys(self, dtype):
+        """y is stored with the mean of the values, and Δ is made of it. Measured 0.6 ε (fp32: 2.2 ε); without mending Δ, 27 ε and more."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, d_y = (torch.randn(2, c, n, generator=generator) for c, n in ((8, 70), (8, 40), (16, 40), (16, 70)))
+        tensors = [t.to(PLACE, dtype) for t in (d_y, q + 10, k, v + 100)]
+        d_k = self.run("triton", *tensors, 0.1)[2].cpu().double()
+        expected = self.run("torch", *(t.cpu().double() for t in tensors), 0.1)[2]
+        assert (d_k - expected).norm() < 8 * torch.finfo(dtype).eps * expected.norm()
+
     def test_lse_is_that_of_the_logits_with_centred_keys(self):
         q, k, v = (token_major(4, n, torch.float32, torch.Generator().manual_seed(n)) for n in (6, 9, 9))
         _, lse = token_attention.implementation("triton").forward(q, k, v, 0.3)

@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import bad_inputs, damage, filed, fuzzing, survival
+from . import bad_inputs, damage, filed, fuzzing, mutants, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "fuzzing": fuzzing.figures,
     "bad_inputs": bad_inputs.figures,
+    "mutants": mutants.figures,
     "damage": damage.figures,
     "survival": survival.figures,
 }
