@@ -153,8 +153,15 @@ def layer_launches(
     x, d_out, y, out, d_x = (new_map() for _ in range(5))
     w_q, w_k, w_v = empty(width, channels), empty(width, channels), empty(channels, channels)
     b_q, b_v, gamma, lse = empty(width), empty(channels), empty(1), empty(2, tokens, of=torch.float32)
-    configs = kernels.backward_configs(channels, dtype, target)
     with caught_launches() as launches:
+        if channels > kernels.FUSED_CHANNELS:
+            wide, u, d_y = kernels.wide_configs(dtype, target), new_map(), new_map()
+            kernels.wide_attention_forward(x, u, y, lse, config=wide.forward)
+            d_u, delta = kernels.wide_query_gradient(x, u, d_y, y, lse, config=wide.query_gradient)
+            kernels.wide_key_value_gradient(x, u, d_y, lse, delta, d_x, config=wide.key_value_gradient)
+            kernels.token_moments(d_u, x, config=wide.token_moments)
+            return launches
+        configs = kernels.backward_configs(channels, dtype, target)
         if kernels.projects_keys(channels, width):
             projected = kernels.projected_configs(channels, dtype, target)
             q, k, _ = kernels.qkv_projection(

@@ -35,7 +35,7 @@ DTYPES = {
     "fp32-highest": (torch.float32, True),
     "fp32-high": (torch.float32, False),
 }
-CHANNELS = (16, 32, 64, 128, 256)
+CHANNELS = (16, 32, 64, 128, 256, 512)
 QK_DIVISOR = 8  # SAGAN's queries and keys have an eighth of the map's channels
 _COUNTED = ("tensor", "mufu", "conversion", "fp32", "imad", "alu", "shared", "shuffle", "global", "local", "barrier", "wait", "branch")
 
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", choices=sorted(DEVICES), default="sm_90")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--channels", nargs="+", type=int, default=list(CHANNELS), help="of the map, 1 to 256")
+    parser.add_argument("--channels", nargs="+", type=int, default=list(CHANNELS), help="of the map, 1 to 512")
     parser.add_argument(
         "--qk", choices=("full", "eighth", "both"), default="both",
         help="channels of queries and keys: as many as the map, an eighth, projected, or both",

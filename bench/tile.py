@@ -18,6 +18,8 @@ _DOTS = {
     "projected_attention_forward_kernel": ("D C_V", 1),
     "projected_query_gradient_kernel": ("D C_V D", 2),
     "projected_key_value_gradient_kernel": ("D C_V C_V D", 2),
+    "wide_attention_forward_kernel": ("C C", 1),
+    "wide_query_gradient_kernel": ("C C C", 2),
     "token_attention_forward_kernel": ("D C_V", 1),
     "token_query_gradient_kernel": ("D C_V D", 2),
     "token_key_value_gradient_kernel": ("D C_V D C_V", 2),

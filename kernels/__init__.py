@@ -3,30 +3,36 @@
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
 from .launch_config import (
+    FUSED_CHANNELS,
     BackwardConfigs,
     LaunchConfig,
     ProjectedConfigs,
     Target,
     TokenConfigs,
+    WideConfigs,
     backward_configs,
     forward_config,
     projected_configs,
     projects_keys,
     token_configs,
+    wide_configs,
 )
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
 from .qkv_projection import Projection, qkv_projection
 from .token_attention import token_attention_backward, token_attention_forward
 from .token_moments import token_moments
+from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
 
 __all__ = [
+    "FUSED_CHANNELS",
     "BackwardConfigs",
     "LaunchConfig",
     "ProjectedConfigs",
     "Projection",
     "Target",
     "TokenConfigs",
+    "WideConfigs",
     "attention_backward",
     "attention_forward",
     "backward_configs",
@@ -40,4 +46,8 @@ __all__ = [
     "token_attention_forward",
     "token_configs",
     "token_moments",
+    "wide_attention_forward",
+    "wide_configs",
+    "wide_key_value_gradient",
+    "wide_query_gradient",
 ]

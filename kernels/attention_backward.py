@@ -78,7 +78,7 @@ def accumulate_query_gradient(
     u_ptr and d_y_ptr (C, num_queries).
     """
     offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
-    if offs_c.shape[0] > BLOCK_K:
+    if C > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_yc, stride_yl, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )
@@ -175,7 +175,7 @@ def accumulate_key_value_gradient(
     The keys are x_n (BLOCK_N, BLOCK_C), or, where that is too wide to keep, lie behind x_ptr (C, num_keys).
     """
     offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    if offs_c.shape[0] > BLOCK_K:
+    if C > BLOCK_K:
         logits = dot_over_channels(
             x_ptr, stride_xc, stride_xl, offs_n, num_keys, u_ptr, stride_yc, stride_yl, offs_m, num_queries, C, BLOCK_K, INPUT_PRECISION
         )
@@ -218,9 +218,10 @@ def key_value_gradient_kernel(
     x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2; delta_ptr (N, L), mended;
     d_x_ptr (N, C, L), read and written.
     """
-    n, tile = locate(tl.cdiv(num_tokens, BLOCK_N))
-    offs_c = tl.arange(0, BLOCK_C)
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_N) * parts)
+    offs_c = tile % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_n = tile // parts * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += n * stride_xn
     x_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
     x_n = tl.trans(load_tile(x_ptr, x_offsets, offs_c, offs_n, C, num_tokens, True))

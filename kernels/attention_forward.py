@@ -34,7 +34,7 @@ def attend_keys(
     The queries are u (BLOCK_M, BLOCK_C), or, where that is too wide to keep, lie behind u_ptr (C, num_queries).
     """
     offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
-    if offs_c.shape[0] > BLOCK_K:
+    if C > BLOCK_K:
         logits = dot_over_channels(
             u_ptr, stride_uc, stride_ul, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_n, num_keys, C, BLOCK_K, INPUT_PRECISION
         )

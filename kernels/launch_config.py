@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+FUSED_CHANNELS = 256
+"""The widest map whose projections are part of the kernels, and the channels that one program accumulates where a map is wider."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -76,6 +79,16 @@ class ProjectedConfigs:
 
 
 @dataclass(frozen=True)
+class WideConfigs:
+    """One configuration for each kernel of maps wider than `FUSED_CHANNELS`."""
+
+    forward: LaunchConfig
+    query_gradient: LaunchConfig
+    key_value_gradient: LaunchConfig
+    token_moments: LaunchConfig
+
+
+@dataclass(frozen=True)
 class TokenConfigs:
     """One configuration for each kernel of attention on tokens."""
 
@@ -101,9 +114,9 @@ def projects_keys(num_channels: int, qk_channels: int) -> bool:
     Counted in matrix products of padded width per pair of tokens, B being `block_channels`: folded, the forward pass takes
     2 B(C) and the backward pass 7 B(C); projected, B(D) + B(C) and 4 B(D) + 3 B(C), one kernel more, and queries and keys in
     memory. At B(D) = B(C)/2 that is a quarter less; a narrower B(D) only gains, a wider one gains nothing. Maps of at most
-    16 channels always fold, since no product is narrower than 16.
+    16 channels always fold, since no product is narrower than 16, and so do those wider than `FUSED_CHANNELS`.
     """
-    return 2 * block_channels(qk_channels) <= block_channels(num_channels)
+    return num_channels <= FUSED_CHANNELS and 2 * block_channels(qk_channels) <= block_channels(num_channels)
 
 
 @functools.cache
@@ -122,6 +135,12 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
     return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
+
+
+@functools.cache
+def wide_configs(dtype: torch.dtype, target: Target) -> WideConfigs:
+    """The configurations of the kernels for maps of 257 to 512 channels."""
+    return WideConfigs(*_rows(_WIDE_TABLE, 2 * FUSED_CHANNELS, dtype, target), *_configs(FUSED_CHANNELS, dtype, target)[-1:])
 
 
 @functools.cache
@@ -333,6 +352,22 @@ _PROJECTED_TABLE["blackwell", "fp32"] = _PROJECTED_TABLE["hopper", "fp32"] | {
          (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255)),
     128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
           (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
+}  # fmt: skip
+
+# The kernels of wider maps, which take channels step by step; the order of a row is
+#     forward, query gradient, key and value gradient.
+_WIDE_TABLE: _Table = {
+    ("hopper", "half"): {512: ((128, 64, 64, 16, 8, 2), (64, 64, 64, 16, 8, 2), (32, 128, 64, 16, 8, 1))},
+    ("hopper", "tf32"): {512: ((128, 32, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1))},
+    ("hopper", "fp32"): {512: ((32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
+    ("blackwell", "half"): {512: ((64, 64, 64, 16, 8, 2), (64, 64, 64, 16, 8, 2), (32, 64, 64, 16, 8, 2))},
+    ("blackwell", "tf32"): {512: ((64, 32, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1))},
+    ("blackwell", "fp32"): {512: ((64, 16, 32, 16, 8, 1, 255), (32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
+    ("ampere", "half"): {512: ((64, 64, 64, 16, 8, 2), (64, 32, 64, 16, 8, 2), (32, 64, 64, 16, 8, 2))},
+    ("ampere", "tf32"): {512: ((32, 32, 64, 16, 8, 1), (32, 32, 64, 16, 8, 1), (16, 32, 32, 16, 8, 1))},
+    ("ampere", "fp32"): {512: ((32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
+    ("cdna", "half"): {512: ((64, 32, 64, 16, 8, 1), (64, 16, 64, 16, 8, 1), (32, 32, 64, 16, 8, 1))},
+    ("cdna", "fp32"): {512: ((32, 32, 32, 16, 8, 1), (32, 32, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1))},
 }  # fmt: skip
 
 # The kernels on tokens; the order of a row is

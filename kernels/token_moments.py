@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launch_config import FUSED_CHANNELS, LaunchConfig, block_channels, num_tiles
 from .primitives import load_tile, tile_offsets
 
 # Enough programs to fill the largest chips a few times over; a constant, so that the order of summation, and with it
@@ -22,15 +22,17 @@ def token_moments_kernel(
     BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program sums `left_i right_iᵀ` and `left_i` over one split of the tokens, for BLOCK_A channels of left.
+    """One program sums `left_i right_iᵀ` over one split of the tokens, for BLOCK_A channels of left and BLOCK_C of right, and `left_i`.
 
     left_ptr (N, A, L); right_ptr (N, C, L); product_ptr (splits, A, C) fp32; total_ptr (splits, A) fp32. The N maps are cut
     into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
     """
-    pid = tl.program_id(0)
+    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    pid = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
     split = pid // tl.cdiv(A, BLOCK_A)
     offs_a = pid % tl.cdiv(A, BLOCK_A) * BLOCK_A + tl.arange(0, BLOCK_A)
-    offs_c = tl.arange(0, BLOCK_C)
+    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles_per_map = tl.cdiv(num_tokens, BLOCK_L)
     acc = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_A,), tl.float32)
@@ -47,7 +49,8 @@ def token_moments_kernel(
     rows = tl.cast(split, tl.int64) * A + offs_a
     inside = (offs_a < A)[:, None] & (offs_c < C)[None, :]
     tl.store(product_ptr + rows[:, None] * C + offs_c[None, :], acc, mask=inside)
-    tl.store(total_ptr + rows, total, mask=offs_a < A)
+    if part == 0:
+        tl.store(total_ptr + rows, total, mask=offs_a < A)
 
 
 def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,12 +63,13 @@ def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConf
     splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, left_channels), dtype=torch.float32, device=left.device)
-    token_moments_kernel[(splits * channel_tiles,)](
+    block_c = min(block_channels(num_channels), FUSED_CHANNELS)
+    token_moments_kernel[(splits * channel_tiles * num_tiles(num_channels, block_c),)](
         left, *left.stride(),
         right, *right.stride(),
         product, total,
         token_tiles, tiles_per_split, num_tokens,
-        A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_channels(num_channels),
+        A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return product.sum(0), total.sum(0)

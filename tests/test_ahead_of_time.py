@@ -35,6 +35,7 @@ PROJECTED_KERNELS = [
     "projected_key_value_gradient_kernel",
     "token_moments_kernel",
 ]
+WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", "key_value_gradient_kernel", "token_moments_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
 
@@ -97,6 +98,11 @@ def test_channels_that_are_no_power_of_two(channels):
     check("sm_90", "bf16", channels, tokens=49)
 
 
+@pytest.mark.parametrize(("name", "precision", "channels"), [("sm_90", "bf16", 512), ("sm_86", "fp16", 320)])
+def test_more_channels_than_one_program_accumulates(name, precision, channels):
+    check(name, precision, channels, kernels=WIDE_KERNELS)
+
+
 def test_channels_last():
     check("sm_90", "bf16", 64, channels_last=True)
 
@@ -127,6 +133,16 @@ def test_tokens(name, precision, widths, lengths):
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration(name, precision, channels):
     check(name, precision, channels)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("channels", [320, 512])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_wide_maps(name, precision, channels, channels_last):
+    check(name, precision, channels, kernels=WIDE_KERNELS, channels_last=channels_last)
 
 
 @pytest.mark.full

@@ -19,6 +19,8 @@ NARROW_SHAPES = [
     ((2, 24, 1, 1), 3), ((1, 20, 3, 5), 5), ((1, 32, 5, 13), 4), ((1, 48, 5, 5), 20), ((1, 64, 6, 7), 8), ((1, 64, 3, 7), 32),
     ((1, 72, 1, 9), 9),
 ]  # fmt: skip
+# Wider than one program accumulates, with parts that are nearly empty, half full and full, and with D, the regime and the mean.
+WIDE_CASES = [((1, 257, 6, 8), None, "peaked", 0.0), ((2, 320, 5, 7), 40, "peaked", 0.0), ((1, 512, 3, 7), None, "uniform", 3.0)]
 PLACE = torch.device("cuda" if HAS_GPU else "cpu")
 LONG_SHAPES = [(1, 16, 25, 40), (1, 32, 31, 33), (1, 64, 32, 32), (1, 16, 25, 41), (1, 8, 64, 64)]
 
@@ -43,6 +45,15 @@ def test_one_channel(dtype, backend, place):
 def test_branch_and_gradients(shape, dtype, regime, backend, place):
     skip_unsupported(backend, dtype)
     assert_correct(make_problems(shape, dtype, regime=regime), backend, place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "qk_channels", "regime", "mean"), WIDE_CASES, ids=str)
+def test_more_channels_than_one_program_accumulates(shape, qk_channels, regime, mean, dtype, backend, place):
+    skip_unsupported(backend, dtype)
+    if backend == "triton" and INTERPRETING and dtype == torch.float32 and shape[1] > 257:
+        pytest.skip("the blocks of fp32 are small, which takes the interpreter long; the loops are those of fp16")
+    assert_correct(make_problem(shape, dtype, qk_channels=qk_channels, regime=regime, mean=mean), backend, place)
 
 
 @pytest.mark.parametrize("shape", LONG_SHAPES, ids=str)

@@ -33,11 +33,11 @@ def test_auto_takes_the_pytorch_path_and_logs_the_reason_once(x, caplog):
 
 @on_plain_cpu
 def test_an_explicit_backend_raises_with_every_reason():
-    module = visattn.Attention(300).double()
+    module = visattn.Attention(600).double()
     with use_backend("triton"), pytest.raises(RuntimeError) as raised:
-        module(torch.randn(1, 300, 2, 2, dtype=torch.float64))
+        module(torch.randn(1, 600, 2, 2, dtype=torch.float64))
     message = str(raised.value)
-    for part in ("float64", "at most 256 channels", "x is on cpu", "Use backend 'torch' or 'auto'"):
+    for part in ("float64", "at most 512 channels", "x is on cpu", "Use backend 'torch' or 'auto'"):
         assert part in message
 
 
@@ -140,8 +140,13 @@ class TestReasons:
         assert "x is float64" in self.reasons(monkeypatch, dtype=torch.float64)[0]
 
     def test_too_many_channels(self, monkeypatch):
-        assert self.reasons(monkeypatch, shape=(1, 256, 3, 3)) == []
-        assert "at most 256 channels" in self.reasons(monkeypatch, shape=(1, 257, 3, 3))[0]
+        assert self.reasons(monkeypatch, shape=(1, 512, 3, 3)) == []
+        assert "at most 512 channels" in self.reasons(monkeypatch, shape=(1, 513, 3, 3))[0]
+
+    def test_the_limit_is_that_of_the_launch_configurations(self):
+        launch_config = pytest.importorskip("visattn.kernels").launch_config
+        assert {width for rows in launch_config._WIDE_TABLE.values() for width in rows} == {dispatch.MAX_CHANNELS}
+        assert launch_config._WIDE_TABLE.keys() == launch_config._TABLE.keys()
 
     def test_without_triton(self, monkeypatch):
         assert "not installed" in self.reasons(monkeypatch, installed=False)[0]

@@ -25,7 +25,7 @@ class TestSelection:
         ("channels", "qk_channels", "projected"),
         [
             (64, 8, True), (64, 32, True), (64, 33, False), (64, 64, False), (64, 100, False),
-            (32, 4, True), (32, 16, True), (32, 17, False), (256, 128, True), (256, 129, False),
+            (32, 4, True), (32, 16, True), (32, 17, False), (256, 128, True), (256, 129, False), (257, 8, False),
             (48, 20, True), (20, 5, True), (17, 1, True), (16, 2, False), (16, 1, False), (1, 1, False),
         ],
     )  # fmt: skip

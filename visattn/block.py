@@ -68,7 +68,8 @@ def _multiplications(x: Tensor, qk_channels: int, value_channels: int, backend: 
     if backend == "triton":
         channels, qk, value = (max(16, 1 << (width - 1).bit_length()) for width in (channels, qk, max(qk, value)))
     pixels = x.shape[2] * x.shape[3]
-    thin = (2 if backend == "triton" else 4) * qk <= channels  # as in the backend: wider queries are widened to the map's channels
+    # As in the backend: wider queries are widened to the map's channels, and so are those of maps that the kernels hold in parts.
+    thin = 2 * qk <= channels <= 256 if backend == "triton" else 4 * qk <= channels
     folded = pixels * ((qk if thin else channels) + channels) + channels * ((2 * qk if thin else channels) + channels)
     return folded, (pixels + 2 * channels) * (qk + value)
 

@@ -38,14 +38,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and, if `keeps_lse`, lse (N, L)."""
     tokens, weights = widen(x.flatten(2)), weights.matrices()
     y, lse = _attend(tokens, weights, scale)
-
-    w_v, b_v = output_projection(weights, tokens.dtype)
-    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else torch.bmm(w_v.expand(len(x), -1, -1), y)
-    out = empty_map_like(x)
-    if b_v is None:
-        out.flatten(2).copy_(branch)
-    else:
-        torch.add(branch, b_v[:, None], out=out.flatten(2))
+    out = output(x, tokens, y, weights, residual)
     return out, y.to(x.dtype) if save else None, lse if save and keeps_lse(x, weights) else None
 
 
@@ -80,6 +73,18 @@ def backward(
         else:
             d_x.flatten(2).copy_(d_tokens)
     return d_x, moments(d_q, d_k, tokens, g, y) if need_weights else None
+
+
+def output(x: Tensor, tokens: Tensor, y: Tensor, weights: Weights, residual: bool) -> Tensor:
+    """`x + γ (W_v y + b_v)`, or the branch alone, as a map like x; tokens are those of x in the dtype of y."""
+    w_v, b_v = output_projection(weights, tokens.dtype)
+    branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else torch.bmm(w_v.expand(len(x), -1, -1), y)
+    out = empty_map_like(x)
+    if b_v is None:
+        out.flatten(2).copy_(branch)
+    else:
+        torch.add(branch, b_v[:, None], out=out.flatten(2))
+    return out
 
 
 def _attend(tokens: Tensor, weights: Weights, scale: float) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,8 @@
 """The Triton path: allocates what the kernels fill and starts them with the launch configuration of the tensor's device.
 
 Queries and keys as wide as the map never exist: the keys' weight is folded into the query. Much narrower ones are
-projected, in the forward pass and again in the backward pass; `kernels.projects_keys` decides.
+projected, in the forward pass and again in the backward pass; `kernels.projects_keys` decides. Maps of more channels than
+`kernels.FUSED_CHANNELS` are passed on to wide_triton_backend.py.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
 from .folding import Moments, Weights
 from .layout import empty_map_like
@@ -18,6 +19,8 @@ from .layout import empty_map_like
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
     maps, channels, height, width = x.shape
+    if channels > kernels.FUSED_CHANNELS:
+        return wide_triton_backend.forward(x, weights, scale, residual, save)
     target = kernel_target(x.device)
     projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights, channels) else None
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target)
@@ -57,6 +60,8 @@ def backward(
     if not x.numel():
         zeros = x.new_zeros((channels, channels), dtype=torch.float32)
         return d_x, Moments(zeros, zeros[0], zeros, zeros[0]) if need_weights else None
+    if channels > kernels.FUSED_CHANNELS:
+        return wide_triton_backend.backward(x, d_out, weights, y, lse, scale, residual, need_x, need_weights)
 
     configs = kernels.backward_configs(channels, x.dtype, target)
     tokens, g, d_tokens = _in_memory(x.flatten(2)), _in_memory(d_out.flatten(2)), None if d_x is None else d_x.flatten(2)

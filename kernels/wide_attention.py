@@ -1,0 +1,189 @@
+"""Attention on maps of more channels than one accumulator holds. Projections are products of their own, before and after.
+
+The folded queries u, y and their gradients exist; keys and values are the map x itself. With `P_ij = exp2(u_i · x_j - lse_i)`,
+`y_i = Σ_j P_ij x_j`; backward, dy being the gradient of y, `Δ_i = dy_i · y_i` and `dS_ij = P_ij (dy_i · x_j - Δ_i)`, the folded query
+receives `du_i = Σ_j dS_ij x_j`. As in attention_backward.py what rounding leaves of `Σ_j dS_ij` is taken off du, times y_i, and mends Δ
+for the key and value gradient, for which the kernel of that file serves.
+
+A program owns BLOCK_C channels of what it accumulates. Those that share a tile of tokens each compute its weights, from all channels:
+two accumulators of 256 channels would not fit into registers, and handing weights over would mean writing them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
+from .attention_forward import attend_keys
+from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles
+from .primitives import load_tile, locate, store_tile, tile_offsets
+
+
+@triton.jit
+def wide_attention_forward_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    u_ptr, stride_un, stride_uc, stride_ul,
+    y_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr,
+    num_tokens,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_C channels of y for BLOCK_M query tokens of one map. Queries hold scale and log2(e).
+
+    x_ptr, u_ptr, y_ptr (N, C, L); lse_ptr (N, L) fp32, the base-2 log-sum-exp of the logits.
+    """
+    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
+    part = tile % parts
+    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_ptr += n * stride_xn
+    u_ptr += n * stride_un
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    full_tokens = num_tokens // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_tokens, BLOCK_N):
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_tokens < num_tokens:
+        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    y = (acc / l_i[:, None]).to(y_ptr.dtype.element_ty)
+    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    store_tile(y_ptr, y_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
+    if part == 0:
+        tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
+
+
+@triton.jit
+def wide_query_gradient_kernel(
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    u_ptr, d_y_ptr, stride_un, stride_uc, stride_ul,
+    y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr, delta_ptr,
+    num_tokens,
+    C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_C channels of du for BLOCK_M tokens of one map, and the first of a tile their mended Δ.
+
+    x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2;
+    delta_ptr (N, L) fp32.
+    """
+    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
+    part = tile % parts
+    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_ptr += n * stride_xn
+    u_ptr += n * stride_un
+    d_y_ptr += n * stride_un
+    y_ptr += n * stride_yn
+    lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
+    delta = tl.zeros((BLOCK_M,), tl.float32)
+    for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        d_y = load_tile(d_y_ptr, tile_offsets(offs_k, offs_m, stride_uc, stride_ul), offs_k, offs_m, C, num_tokens, True)
+        y = load_tile(y_ptr, tile_offsets(offs_k, offs_m, stride_yc, stride_yl), offs_k, offs_m, C, num_tokens, True)
+        delta += tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    full_tokens = num_tokens // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_tokens, BLOCK_N):
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if full_tokens < num_tokens:
+        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+
+    if part == 0:
+        tl.store(delta_ptr + n * num_tokens + offs_m, delta + row_sum, mask=offs_m < num_tokens)
+    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    y = tl.trans(load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    d_u = acc - row_sum[:, None] * y.to(tl.float32)
+    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+
+
+def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, *, config: LaunchConfig) -> None:
+    """Fills `y` (N, C, L), and `lse` (N, L) with the base-2 log-sum-exp of the logits.
+
+    x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
+    """
+    wide_attention_forward_kernel[_grid(x, config.block_m)](
+        x, *x.stride(),
+        u, *u.stride(),
+        y, *y.stride(),
+        lse,
+        x.shape[2],
+        **_blocks(x, config), **config.options,
+    )  # fmt: skip
+
+
+def wide_query_gradient(
+    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, *, config: LaunchConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(du, Δ)`: the gradient of the folded queries without log2(e) (N, C, L), and Δ (N, L), mended.
+
+    x, u, y and lse as the forward pass took and left them; d_y (N, C, L), the gradient of y, has the strides of u.
+    """
+    d_u, delta = torch.empty_like(y), torch.empty_like(lse)
+    wide_query_gradient_kernel[_grid(x, config.block_m)](
+        x, *x.stride(),
+        u, d_y, *u.stride(),
+        y, d_u, *y.stride(),
+        lse, delta,
+        x.shape[2],
+        **_blocks(x, config), **config.options,
+    )  # fmt: skip
+    return d_u, delta
+
+
+def wide_key_value_gradient(
+    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, d_x: torch.Tensor, *, config: LaunchConfig
+) -> None:
+    """Adds to `d_x` (N, C, L) what x receives as keys and as values; delta (N, L) is that of `wide_query_gradient`."""
+    key_value_gradient_kernel[_grid(x, config.block_n)](
+        x, *x.stride(),
+        u, d_y, *u.stride(),
+        lse, delta,
+        d_x, *d_x.stride(),
+        x.shape[2],
+        **_blocks(x, config), **config.options,
+    )  # fmt: skip
+
+
+def _grid(x: torch.Tensor, block: int) -> tuple[int]:
+    return (x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS),)
+
+
+def _blocks(x: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
+    """The constants that all three kernels take."""
+    return {
+        "C": x.shape[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_C": FUSED_CHANNELS,
+        "BLOCK_K": config.block_k,
+        "INPUT_PRECISION": config.input_precision,
+    }
