@@ -24,7 +24,12 @@ def group(device: torch.device, timeout: float) -> Iterator[None]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+    patience = timedelta(seconds=timeout)
+    store, own_rank, size = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun may keep one store for all its attempts, with the addresses of processes that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=patience)
     yield
     dist.destroy_process_group()  # not after an error: the others may be gone, and the system tidies up
 

@@ -118,9 +118,9 @@ class Trainer:
             index, moment = name.split(".", 1)
             optimizer.setdefault(int(index), {})[moment] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": optimizer})
-        torch.set_rng_state(tensors["rng.cpu"][processes.rank()])
+        torch.set_rng_state(tensors["rng.cpu"][processes.rank()].clone())  # of a part of a tensor PyTorch reads the wrong bytes
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"][processes.rank()], self.device)
+            torch.cuda.set_rng_state(tensors["rng.cuda"][processes.rank()].clone(), self.device)
         self.epoch, self.step, self.seconds_for_data = numbers["epoch"], numbers["step"], numbers["seconds_for_data"]
         self.scaler.load_state_dict(numbers["scaler"])
 

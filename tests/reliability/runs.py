@@ -107,7 +107,13 @@ def _run(out: Path, fault: Fault | None, pipe: Connection) -> None:
         os._exit(status)
 
 
-def finish_here(out: Path, fault: Fault | None = None, pipe: Connection | None = None, log: str | None = None) -> int:
+def finish_here(
+    out: Path,
+    fault: Fault | None = None,
+    pipe: Connection | None = None,
+    log: str | None = None,
+    settings: experiment.Settings = SETTINGS,
+) -> int:
     """0 where the run came to its end, 2 where it said what was wrong, as the command line does; any other error is the package's."""
     torch.set_num_threads(1)
     experiment.SECONDS_BETWEEN_CHECKPOINTS = -1.0
@@ -116,7 +122,7 @@ def finish_here(out: Path, fault: Fault | None = None, pipe: Connection | None =
         try:
             if fault is not None:
                 _FAULTS[fault.kind](out, fault, pipe)
-            experiment.train(SETTINGS, load_digits, out, resume=True, console=Console(file=file, width=10_000))
+            experiment.train(settings, load_digits, out, resume=True, console=Console(file=file, width=10_000))
         except (OSError, RuntimeError, ValueError) as error:
             file.write(f"visattn: {error}\n")
             return 2
