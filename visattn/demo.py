@@ -154,11 +154,12 @@ def _write_report(runs: dict[str, Run], options: Options, console: Console) -> N
 def _rows(fused: Run, naive: Run) -> list[list[str]]:
     difference = max(abs(a - b) / b for a, b in zip(fused.losses, naive.losses, strict=True))
     ratio = median(b.seconds / a.seconds for a, b in zip(fused.steps, naive.steps, strict=True))
+    less = f"{naive.memory_mib / fused.memory_mib:.1f}× less" if fused.memory_mib else "–"  # some trainings are too short to be seen
     comparisons = {
         "loss, first → last step": (lambda run: f"{run.losses[0]:.4f} → {run.losses[-1]:.4f}", f"relative difference ≤ {difference:.1e}"),
         "held-out accuracy": (lambda run: f"{100 * run.accuracy:.2f} %", f"{100 * (fused.accuracy - naive.accuracy):+.2f} points"),
         "time a step, median": (lambda run: f"{1000 * median(s.seconds for s in run.steps):.0f} ms", f"{ratio:.2f}× quicker, pair by pair"),
-        "peak memory of training": (lambda run: f"{run.memory_mib:.0f} MiB", f"{naive.memory_mib / fused.memory_mib:.1f}× less"),
+        "peak memory of training": (lambda run: f"{run.memory_mib:.0f} MiB", less),
     }  # fmt: skip
     return [[name, cell(fused), cell(naive), verdict] for name, (cell, verdict) in comparisons.items()]
 

@@ -427,9 +427,11 @@ def model_of(path: Path) -> tuple[nn.Module, Settings, tuple[str, ...]]:
         RuntimeError: it cannot be read, or is none of `visattn train`.
     """
     tensors, description = checkpoint.load(path)
-    if missing := {"settings", "width", "classes"} - description.keys():
-        raise RuntimeError(f"{path} is no checkpoint of visattn train, it lacks {', '.join(sorted(missing))}")
-    settings = Settings.from_file(description["settings"])
-    model = models.create_model(settings.model, description["width"], attention=settings.attention)
+    try:
+        settings = Settings.from_file(description["settings"])
+        model = models.create_model(settings.model, description["width"], attention=settings.attention)
+        classes = tuple(map(str, description["classes"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(f"{path} is no checkpoint that visattn train wrote ({error!r})") from None
     model.load_state_dict(training.part_of(tensors, "model."))
-    return model.eval(), settings, tuple(description["classes"])
+    return model.eval(), settings, classes

@@ -72,9 +72,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Raises:
         RuntimeError: another process holds it, and `wait` is False.
     """
-    with (folder / ".lock").open("a") as file:
+    with open(folder / ".lock", "w", opener=_not_through_a_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise RuntimeError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
         yield
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import bad_inputs, damage, filed, fuzzing, mutants, processes, survival
+from . import bad_inputs, damage, filed, fuzzing, mutants, processes, security, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
@@ -14,6 +14,19 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "mutants": mutants.figures,
     "damage": damage.figures,
     "processes": processes.figures,
+    "security": security.figures,
+    "survival": survival.figures,
+}
+"""Each part's name and the `figures` of its module."""
+from .figures import Figure, markdown
+
+PARTS: dict[str, Callable[[], list[Figure]]] = {
+    "fuzzing": fuzzing.figures,
+    "bad_inputs": bad_inputs.figures,
+    "mutants": mutants.figures,
+    "damage": damage.figures,
+    "processes": processes.figures,
+    "security": security.figures,
     "survival": survival.figures,
 }
 """Each part's name and the `figures` of its module."""
