@@ -6,7 +6,7 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo bench test test-all test-compat fuzz mutants reliability lint clean
+.PHONY: demo bench test test-all test-compat fuzz mutants survival damage processes security reliability lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
@@ -41,6 +41,10 @@ fuzz: $(VENV)/installed
 # Faults seeded into a copy of the tree, one at a time: the test named for each has to find it.
 mutants: $(VENV)/installed
 	$(IN)python -m tests.reliability.mutants
+
+# Attempts to break training: killed, starved of disk, lied to, in several processes; and what it may touch.
+survival damage processes security: $(VENV)/installed
+	$(IN)python -m tests.reliability $@
 
 lint: $(VENV)/installed
 	$(IN)ruff check .

@@ -18,29 +18,6 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "survival": survival.figures,
 }
 """Each part's name and the `figures` of its module."""
-from .figures import Figure, markdown
-
-PARTS: dict[str, Callable[[], list[Figure]]] = {
-    "fuzzing": fuzzing.figures,
-    "bad_inputs": bad_inputs.figures,
-    "mutants": mutants.figures,
-    "damage": damage.figures,
-    "processes": processes.figures,
-    "security": security.figures,
-    "survival": survival.figures,
-}
-"""Each part's name and the `figures` of its module."""
-from .figures import Figure, markdown
-
-PARTS: dict[str, Callable[[], list[Figure]]] = {
-    "fuzzing": fuzzing.figures,
-    "bad_inputs": bad_inputs.figures,
-    "mutants": mutants.figures,
-    "damage": damage.figures,
-    "processes": processes.figures,
-    "survival": survival.figures,
-}
-"""Each part's name and the `figures` of its module."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
