@@ -5,17 +5,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import bad_inputs, damage, filed, fuzzing, mutants, processes, security, survival
+from . import bad_inputs, damage, filed, fuzzing, limits, mutants, processes, security, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
     "fuzzing": fuzzing.figures,
     "bad_inputs": bad_inputs.figures,
+    "limits": limits.figures,
     "mutants": mutants.figures,
     "damage": damage.figures,
+    "survival": survival.figures,
     "processes": processes.figures,
     "security": security.figures,
-    "survival": survival.figures,
 }
 """Each part's name and the `figures` of its module."""
 
