@@ -18,6 +18,7 @@ from .layout import empty_map_like
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
+    x = _in_memory(x)
     maps, channels, height, width = x.shape
     if channels > kernels.FUSED_CHANNELS:
         return wide_triton_backend.forward(x, weights, scale, residual, save)
@@ -29,7 +30,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     y = torch.empty_like(out_tokens) if save or config.steps_over_channels(channels) else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
     if maps:
-        tokens, weights = _in_memory(x.flatten(2)), weights.map(_contiguous)
+        tokens, weights = x.flatten(2), weights.map(_contiguous)
         with on_device_of(x):
             if projected:
                 q, k = _queries_and_keys(tokens, weights, scale, projected)
@@ -55,6 +56,7 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     assert lse is not None
+    x, d_out = _in_memory(x), _in_memory(d_out)
     channels, target = x.shape[1], kernel_target(x.device)
     d_x = empty_map_like(x) if need_x else None
     if not x.numel():
@@ -64,7 +66,7 @@ def backward(
         return wide_triton_backend.backward(x, d_out, weights, y, lse, scale, residual, need_x, need_weights)
 
     configs = kernels.backward_configs(channels, x.dtype, target)
-    tokens, g, d_tokens = _in_memory(x.flatten(2)), _in_memory(d_out.flatten(2)), None if d_x is None else d_x.flatten(2)
+    tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
     weights = weights.map(_contiguous)
     w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):

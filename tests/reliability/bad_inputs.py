@@ -437,6 +437,11 @@ def _not_aligned(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+def _wide_and_negated() -> dict[str, Tensor]:
+    w = _normal(257, 257) / 16
+    return {"x": lazily_negated(_normal(1, 257, 1, 3)), "w_q": w, "w_k": w, "w_v": torch._neg_view(w)}
+
+
 NEGATED = lazily_negated(X)
 UNUSUAL = [
     right("no maps", x=X[:0]), right("no maps of heads", x=X[:0], num_heads=2),
@@ -453,6 +458,7 @@ UNUSUAL = [
     right("parameter as map", x=torch.nn.Parameter(X)), right("map made in inference mode", x=_made_in_inference_mode()),
     *(right(f"map {layout.__name__}", x=layout(X)) for layout in LAYOUTS),
     right("imaginary part of a conjugate", x=NEGATED), right("the same in heads", x=NEGATED, num_heads=2),
+    right("the same of 257 channels", **_wide_and_negated()),
     right("negated weights", w_q=torch._neg_view(W), w_k=torch._neg_view(W), w_v=torch._neg_view(W)),
     right("negated biases", b_q=torch._neg_view(B), b_v=torch._neg_view(B)),
     right("negated thin keys", w_q=W[:2], w_k=torch._neg_view(W[:2])),
