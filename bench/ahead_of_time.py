@@ -159,7 +159,7 @@ def layer_launches(
             kernels.wide_attention_forward(x, u, y, lse, config=wide.forward)
             d_u, delta = kernels.wide_query_gradient(x, u, d_y, y, lse, config=wide.query_gradient)
             kernels.wide_key_value_gradient(x, u, d_y, lse, delta, d_x, config=wide.key_value_gradient)
-            kernels.token_moments(d_u, x, config=wide.token_moments)
+            kernels.token_moments(d_u, x, (d_out, y), config=wide.token_moments)
             return launches
         configs = kernels.backward_configs(channels, dtype, target)
         if kernels.projects_keys(channels, width):
@@ -168,17 +168,18 @@ def layer_launches(
                 x, kernels.Projection(w_q, b_q, 0.125), kernels.Projection(w_k), config=projected.qkv_projection
             )
             kernels.projected_attention_forward(q, k, x, x, w_v, b_v, gamma, out, y, lse, residual=True, config=projected.forward)
-            d_q, _ = kernels.projected_attention_backward(
+            d_q, d_k = kernels.projected_attention_backward(
                 q, k, x, d_out, w_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=projected
             )
-            kernels.token_moments(d_q, x, config=configs.token_moments)
+            kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
+            kernels.token_moments(d_out, y, config=configs.token_moments)
             return launches
         kernels.attention_forward(
             x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
             scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
         )  # fmt: skip
         d_u = kernels.attention_backward(x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs)
-        kernels.token_moments(d_u, x, config=configs.token_moments)
+        kernels.token_moments(d_u, x, (d_out, y), config=configs.token_moments)
     return launches
 
 

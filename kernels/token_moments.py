@@ -16,6 +16,8 @@ NUM_PROGRAMS = 256
 def token_moments_kernel(
     left_ptr, stride_an, stride_ac, stride_al,
     right_ptr, stride_bn, stride_bc, stride_bl,
+    second_left_ptr, stride_cn, stride_cc, stride_cl,
+    second_right_ptr, stride_dn, stride_dc, stride_dl,
     product_ptr, total_ptr,
     num_tiles, tiles_per_split, num_tokens,
     A: tl.constexpr, C: tl.constexpr,
@@ -24,15 +26,25 @@ def token_moments_kernel(
 ):  # fmt: skip
     """One program sums `left_i right_iᵀ` over one split of the tokens, for BLOCK_A channels of left and BLOCK_C of right, and `left_i`.
 
-    left_ptr (N, A, L); right_ptr (N, C, L); product_ptr (splits, A, C) fp32; total_ptr (splits, A) fp32. The N maps are cut
-    into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
+    left_ptr, second_left_ptr (N, A, L); right_ptr, second_right_ptr (N, C, L), the second pair or None; product_ptr (splits, pairs, A, C)
+    fp32; total_ptr (splits, pairs, A) fp32. The N maps are cut into num_tiles tiles of BLOCK_L tokens, of which each split owns
+    tiles_per_split neighbours.
     """
     parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    split = pid // tl.cdiv(A, BLOCK_A)
-    offs_a = pid % tl.cdiv(A, BLOCK_A) * BLOCK_A + tl.arange(0, BLOCK_A)
-    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    tiles: tl.constexpr = tl.cdiv(A, BLOCK_A)
+    pid = tl.program_id(0)
+    offs_c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_a = pid // parts % tiles * BLOCK_A + tl.arange(0, BLOCK_A)
+    split = pid // (parts * tiles)
+    row = split
+    if second_left_ptr is not None:
+        second = split % 2 == 1
+        split = split // 2
+        left_ptr, right_ptr = tl.where(second, second_left_ptr, left_ptr), tl.where(second, second_right_ptr, right_ptr)
+        stride_an, stride_bn = tl.where(second, stride_cn, stride_an), tl.where(second, stride_dn, stride_bn)
+        stride_ac, stride_bc = tl.where(second, stride_cc, stride_ac), tl.where(second, stride_dc, stride_bc)
+        stride_al, stride_bl = tl.where(second, stride_cl, stride_al), tl.where(second, stride_dl, stride_bl)
+
     tiles_per_map = tl.cdiv(num_tokens, BLOCK_L)
     acc = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_A,), tl.float32)
@@ -46,27 +58,38 @@ def token_moments_kernel(
         right = load_tile(right_ptr, right_offsets, offs_c, offs_l, C, num_tokens, True)
         acc = tl.dot(left, tl.trans(right), acc, input_precision=INPUT_PRECISION)
         total += tl.sum(left.to(tl.float32), 1)
-    rows = tl.cast(split, tl.int64) * A + offs_a
+    rows = tl.cast(row, tl.int64) * A + offs_a
     inside = (offs_a < A)[:, None] & (offs_c < C)[None, :]
     tl.store(product_ptr + rows[:, None] * C + offs_c[None, :], acc, mask=inside)
-    if part == 0:
+    if pid % parts == 0:
         tl.store(total_ptr + rows, total, mask=offs_a < A)
 
 
-def token_moments(left: torch.Tensor, right: torch.Tensor, *, config: LaunchConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L)."""
+def token_moments(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Σ left_i right_iᵀ` (pairs, A, C) and `Σ left_i` (pairs, A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
+
+    `second` is another pair of the same shapes, summed in the same launch.
+    """
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
-    token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
-    channel_tiles = num_tiles(left_channels, config.block_m)
-    tiles_per_split = num_tiles(token_tiles, max(1, NUM_PROGRAMS // channel_tiles))
-    splits = num_tiles(token_tiles, tiles_per_split)
-    product = torch.empty((splits, left_channels, num_channels), dtype=torch.float32, device=left.device)
-    total = torch.empty((splits, left_channels), dtype=torch.float32, device=left.device)
+    pairs = 1 if second is None else 2
     block_c = min(block_channels(num_channels), FUSED_CHANNELS)
-    token_moments_kernel[(splits * channel_tiles * num_tiles(num_channels, block_c),)](
+    token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
+    programs = pairs * num_tiles(left_channels, config.block_m) * num_tiles(num_channels, block_c)
+    tiles_per_split = num_tiles(token_tiles, max(1, NUM_PROGRAMS // programs))
+    splits = num_tiles(token_tiles, tiles_per_split)
+    product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
+    total = torch.empty((splits, pairs, left_channels), dtype=torch.float32, device=left.device)
+    token_moments_kernel[(splits * programs,)](
         left, *left.stride(),
         right, *right.stride(),
+        *((None, 0, 0, 0, None, 0, 0, 0) if second is None else (second[0], *second[0].stride(), second[1], *second[1].stride())),
         product, total,
         token_tiles, tiles_per_split, num_tokens,
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,

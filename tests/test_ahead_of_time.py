@@ -34,6 +34,7 @@ PROJECTED_KERNELS = [
     "projected_query_gradient_kernel",
     "projected_key_value_gradient_kernel",
     "token_moments_kernel",
+    "token_moments_kernel",
 ]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", "key_value_gradient_kernel", "token_moments_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]

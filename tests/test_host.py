@@ -42,7 +42,7 @@ def is_folded(case: host_parts.Case) -> bool:
 
 def expected_launches(case: host_parts.Case, mode: str) -> list[str]:
     forward = FORWARD if is_folded(case) else NARROW_FORWARD
-    backward = BACKWARD + 2 * MOMENTS if is_folded(case) else NARROW_BACKWARD + 3 * MOMENTS
+    backward = BACKWARD + MOMENTS if is_folded(case) else NARROW_BACKWARD + 2 * MOMENTS
     return forward + (backward if mode == "forward + backward" else [])
 
 

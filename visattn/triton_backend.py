@@ -83,9 +83,13 @@ def backward(
             )
         if not need_weights:
             return d_x, None
-        query, query_total = kernels.token_moments(d_q, tokens, config=configs.token_moments)
-        value, value_total = kernels.token_moments(g, y, config=configs.token_moments)
-        key = None if d_k is None else _key_moment(d_k, tokens, configs)
+        if d_k is None:
+            (query, value), (query_total, value_total) = kernels.token_moments(d_q, tokens, (g, y), config=configs.token_moments)
+            return d_x, Moments(query, query_total, value, value_total)
+        (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=configs.token_moments)
+        (value,), (value_total,) = kernels.token_moments(g, y, config=configs.token_moments)
+        # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
+        key = torch.addr(key, key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
     return d_x, Moments(query, query_total, value, value_total, key)
 
 
@@ -107,9 +111,3 @@ def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: k
     queries = kernels.Projection(weights.w_q, weights.b_q, scale * math.log2(math.e))
     q, k, _ = kernels.qkv_projection(tokens, queries, kernels.Projection(weights.w_k), config=configs.qkv_projection)
     return q, k
-
-
-def _key_moment(d_k: Tensor, tokens: Tensor, configs: kernels.BackwardConfigs) -> Tensor:
-    """`Σ dk_i x_iᵀ` (D, C). `Σ dk_i` is zero but for rounding, which is kept from multiplying the mean of the map."""
-    key, key_total = kernels.token_moments(d_k, tokens, config=configs.token_moments)
-    return key.addr_(key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
