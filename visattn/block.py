@@ -36,10 +36,25 @@ class Weights(NamedTuple):
 
 
 class Form(NamedTuple):
-    """name is "folded" or "projected"; reason says why, as a clause."""
+    """name is "folded" or "projected"; the rest is why. A text of it would tie what `torch.compile` traces to one size of the map."""
 
     name: str
-    reason: str
+    num_heads: int
+    pool: int
+    multiplications: tuple[int, int] | None
+    """Of a pixel, folded and projected, where there was a choice."""
+
+    @property
+    def reason(self) -> str:
+        """Why, as a clause."""
+        if self.num_heads > 1:
+            return f"each of the {self.num_heads} heads has queries, keys and values of its own"
+        if self.pool > 1:
+            return "there are fewer keys and values than pixels, the maxima of windows"
+        if self.name == "folded" or self.multiplications is None:
+            return "keys and values are the map itself"
+        folded, projected = self.multiplications
+        return f"a pixel takes {projected} multiplications, and {folded} if keys and values were the map itself"
 
 
 def form_of(x: Tensor, qk_channels: int, value_channels: int | None, num_heads: int, pool: int, backend: str = "torch") -> Form:
@@ -47,15 +62,12 @@ def form_of(x: Tensor, qk_channels: int, value_channels: int | None, num_heads: 
 
     value_channels is None without an output projection; both widths are those of all heads together.
     """
-    if num_heads > 1:
-        return Form("projected", f"each of the {num_heads} heads has queries, keys and values of its own")
-    if pool > 1:
-        return Form("projected", "there are fewer keys and values than pixels, the maxima of windows")
-    if value_channels is not None:
-        folded, projected = _multiplications(x, qk_channels, value_channels, backend)
-        if projected < folded:
-            return Form("projected", f"a pixel takes {projected} multiplications, and {folded} if keys and values were the map itself")
-    return Form("folded", "keys and values are the map itself")
+    if num_heads > 1 or pool > 1:
+        return Form("projected", num_heads, pool, None)
+    if value_channels is None:
+        return Form("folded", num_heads, pool, None)
+    folded, projected = _multiplications(x, qk_channels, value_channels, backend)
+    return Form("projected" if projected < folded else "folded", num_heads, pool, (folded, projected))
 
 
 def _multiplications(x: Tensor, qk_channels: int, value_channels: int, backend: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from . import bad_inputs, damage, filed, fuzzing, limits, mutants, processes, security, survival
+from . import bad_inputs, damage, filed, fuzzing, limits, mutants, processes, security, state, survival
 from .figures import Figure, markdown
 
 PARTS: dict[str, Callable[[], list[Figure]]] = {
@@ -13,6 +13,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "bad_inputs": bad_inputs.figures,
     "limits": limits.figures,
     "mutants": mutants.figures,
+    "state": state.figures,
     "damage": damage.figures,
     "survival": survival.figures,
     "processes": processes.figures,
