@@ -9,6 +9,8 @@ from bench.readme import README
 from visattn import comparison
 from visattn.recipes import PUBLISHED, RECIPES
 
+from .reliability import filed
+
 
 def test_the_readme_holds_the_table_of_the_filed_runs():
     text = README.read_text(encoding="utf-8")
@@ -60,3 +62,8 @@ def test_every_model_has_a_recipe_and_published_figures_belong_to_models_there_a
     assert list(RECIPES) == models.names()
     for model, attention in PUBLISHED:
         assert attention in (models.attentions(model) or (None,))
+
+
+def test_the_readme_holds_the_table_of_what_was_tried():
+    text = README.read_text(encoding="utf-8")
+    assert filed.SECTION.replaced(text, filed.section(filed.read())) == text, "run: python -m tests.reliability --readme"

@@ -8,12 +8,16 @@ from visattn import report
 
 @dataclass(frozen=True)
 class Figure:
-    """What was tried, what came of it, and what should have: `right` is None where this machine cannot tell."""
+    """What was tried, what came of it, and what should have: `right` is None where this machine cannot tell.
+
+    details: every single attempt, as a table, where a reader would want to see them.
+    """
 
     what: str
     figure: str
     wanted: str
     right: bool | None
+    details: str = ""
 
     @property
     def verdict(self) -> str:

@@ -43,14 +43,15 @@ def read() -> Parts:
 
 
 def section(parts: Parts) -> str:
-    """The table of all parts and, below it, where and when each was tried."""
+    """The table of all parts, below it where and when each was tried, and what can be unfolded."""
     if not parts:
         return "Nothing is filed."
-    table = markdown([Figure(**figure) for part in parts.values() for figure in part["figures"]])
+    figures = [Figure(**figure) for part in parts.values() for figure in part["figures"]]
     places: dict[str, list[str]] = {}
     for name, part in parts.items():
         at = part["environment"]
         where = f"{at['device']}, torch {at['torch']}, triton {at['triton']}, commit `{at['commit']}`"
         places.setdefault(where, []).append(f"{name} ({part['seconds']} s)")
     told = "; ".join(f"{', '.join(names)}: {where}" for where, names in places.items())
-    return f"{table}\n`make reliability`. {told}."
+    unfolded = [f"<details><summary>{f.what}: all of them</summary>\n\n{f.details}\n</details>" for f in figures if f.details]
+    return "\n".join([markdown(figures), f"`make reliability`. {told}.", *(f"\n{text}" for text in unfolded)])
