@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visattn import checkpoint, data, experiment, models, training
+from visattn import checkpoint, data, experiment, models, report, training
 from visattn.cli import main
 from visattn.data import Normalization
 from visattn.training import Options, Trainer
@@ -75,6 +75,21 @@ def test_a_trainer_goes_on_with_the_same_bits(tmp_path, precision):
     assert advance(other, 11) == losses[9:]
     for name, tensor in whole.state()[0].items():
         assert torch.equal(tensor, other.state()[0][name]), name
+
+
+def test_an_epoch_whose_steps_are_all_done_has_none_left():
+    """A checkpoint between the last step and the end of its epoch was gone on with by a step on no images, whose loss is no number."""
+    trainer = a_trainer("mlp_mnist")
+    trainer.step = trainer.steps_an_epoch
+    assert list(trainer.steps()) == []
+    assert (trainer.epoch, trainer.step) == (1, 0)
+
+
+def test_names_of_classes_and_folders_are_no_markup(tmp_path, capsys):
+    """A class called $\\x$ ended a run when its picture was drawn, as mathematics; a folder called [/y] before it began, as a style."""
+    report.confusion(tmp_path / "c.png", torch.eye(2, dtype=torch.int64), ("$\\x$", "b"), "a title")
+    assert main(["train", "--model", "mlp_mnist", "--data", f"folder:{tmp_path}/[/y]", "--out", str(tmp_path / "out")]) == 2
+    assert "is not there" in capsys.readouterr().err
 
 
 def test_confusion_matrix_counts_what_lies_beyond_the_classes_as_wrong():

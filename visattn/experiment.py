@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -148,6 +149,8 @@ class Run:
         problems: list[str] = []
         if found is not None:
             tensors, description, problems = found
+            if "data" not in description:
+                raise RuntimeError(f"{self.last} is of an older version of visattn, which kept less; begin anew with another --out")
             _refuse_other_settings(self.last, description["settings"], self.settings)
             if description["data"] != self.data_checksum:
                 raise RuntimeError(f"{self.settings.data} holds other images than when {self.out} was begun; choose another --out")
@@ -364,7 +367,7 @@ class Loader:
 
     def __call__(self, name: str, shape: data.Shape) -> data.Dataset:
         if (name, shape) not in self._read:
-            with self.console.status(f"reading {name}"):
+            with self.console.status(f"reading {escape(name)}"):
                 self._read[name, shape] = data.load(name, shape, root=self.root, download=self.download)
         return self._read[name, shape]
 

@@ -90,12 +90,17 @@ class Folders:
         process.join(120)
         assert checkpoint.previous(self.begun / "last.safetensors").exists()
 
-    def go_on(self, source: Path, hurt: Callable[[Path], Any], told: str, *, ends: bool) -> list[str]:
-        """What is wrong when a copy of `source` is hurt and gone on with: it must say `told`, and end with the same bits, or not at all."""
+    def go_on(self, source: Path, hurt: Callable[[Path], Any], told: str, *, ends: bool, killed_at: int = 0) -> list[str]:
+        """What is wrong when a copy of `source` is hurt and gone on with: it must say `told`, and end with the same bits, or not at all.
+
+        killed_at: the change of the file system before which it is killed, and then gone on with again.
+        """
         out = Path(tempfile.mkdtemp(dir=self.folder)) / "run"
         shutil.copytree(source, out)
         hurt(out)
         before = {path.name: path.read_bytes() for path in out.iterdir()}
+        if killed_at:
+            runs.start(out, Fault("kill", killed_at))[0].join(120)
         status, wrong = runs.finish(out), []
         if told not in runs.said(out):
             wrong.append(f"said {runs.said(out)[-300:]!r}, not {told!r}")
@@ -119,7 +124,7 @@ def flip(content: bytes) -> bytes:
 
 
 def generations(folders: Folders, number: int, seed: int) -> list[str]:
-    """So many runs whose newest checkpoint is damaged go on from the one before, and say so."""
+    """So many runs whose newest checkpoint is damaged go on from the one before, and say so; each is killed once more on its way."""
     chance, wrong = random.Random(seed), []
     content = (folders.begun / "last.safetensors").read_bytes()
     kinds = list(damaged(content, chance))
@@ -130,8 +135,9 @@ def generations(folders: Folders, number: int, seed: int) -> list[str]:
             rewrite("last.safetensors", lambda _, bad=bad: bad),
             "going on from the checkpoint before",
             ends=True,
+            killed_at=1 + trial % 27,
         )
-        wrong += [f"{kind}: {problem}" for problem in found]
+        wrong += [f"{kind}, killed at {1 + trial % 27}: {problem}" for problem in found]
     return wrong
 
 
@@ -313,7 +319,7 @@ def figures(seed: int = 0) -> list[Figure]:
             (place / part).mkdir()
         tried, read = checkpoints(place / "files", 300, seed)
         folders = Folders(place / "runs")
-        fallen, other, best = generations(folders, 27, seed), other_files(folders), best_weights(folders)
+        fallen, other, best = generations(folders, 54, seed), other_files(folders), best_weights(folders)
         pictures, raised = images(place / "images", 2800, seed)
         numbers, misread = mnist(place / "mnist", 1200, seed)
         unpickled = foreign_pickles(place / "pickles")
@@ -326,7 +332,7 @@ def figures(seed: int = 0) -> list[Figure]:
             "none",
             not read,
         ),
-        Figure("newest checkpoint damaged, run gone on with", f"{len(fallen)} wrong in 27", "says so, the same bits", not fallen),
+        Figure("newest checkpoint damaged, gone on with, killed", f"{len(fallen)} wrong in 54", "says so, the same bits", not fallen),
         Figure(
             "other files of a run damaged or missing",
             f"{len(other) + len(best)} wrong in {len(OTHER_FILES) + 1}",
