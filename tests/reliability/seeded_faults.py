@@ -241,6 +241,50 @@ DISPATCH = [
               "bias.shape != (size,):", "bias.numel() != size:", REFUSED),
 ]  # fmt: skip
 
+TRAINING = [
+    in_python("sums of checkpoints without their descriptions", "checkpoint",
+              "value = zlib.crc32(text.encode())", "value = 0",
+              "tests/test_damage.py::test_nothing_is_read_from_a_damaged_checkpoint"),
+    in_python("one generation kept", "checkpoint", "if keep_previous and path.exists():", "if False:",
+              "tests/test_training.py::TestCheckpoint::test_the_generation_before_is_kept_and_found"),
+    in_python("half a file in the place of a whole one", "files",
+              "        temporary.unlink(missing_ok=True)", "        temporary.replace(path)",
+              "tests/test_training.py::TestCheckpoint::test_a_failed_write_changes_nothing"),
+    in_python("a lock that nobody heeds", "files", "fcntl.LOCK_EX | (0 if wait", "fcntl.LOCK_SH | (0 if wait",
+              "tests/test_survival.py::test_a_folder_has_one_writer_and_one_data_set"),
+    in_python("locks through links", "files", "flags | os.O_NOFOLLOW", "flags",
+              "tests/test_security.py::test_links_are_not_written_through"),
+    in_python("what killed processes left is left", "experiment", "files.remove_leftovers(self.out)", "pass",
+              "tests/test_survival.py::test_killed_runs_end_as_if_nothing_had_been"),
+    in_python("metrics of after the checkpoint kept", "experiment",
+              "lines = lines[: self.tally.lines]", "lines = lines[:]",
+              "tests/test_survival.py::test_killed_runs_end_as_if_nothing_had_been"),
+    in_python("metrics not compared with the checkpoint", "experiment",
+              "if len(lines) < self.tally.lines or zlib.crc32(b\"\".join(lines)) != self.tally.lines_checksum:", "if False:",
+              "tests/test_damage.py::test_runs_with_damaged_files_say_so_and_go_on_or_stop"),
+    in_python("other images in a run's middle", "experiment",
+              'if description["data"] != self.data_checksum:', "if False:",
+              "tests/test_survival.py::test_a_folder_has_one_writer_and_one_data_set"),
+    in_python("a step on no images", "training", "if not len(rest):", "if False:",
+              "tests/test_training.py::test_an_epoch_whose_steps_are_all_done_has_none_left"),
+    in_python("generators not put back", "training",
+              'torch.set_rng_state(tensors["rng.cpu"][processes.rank()].clone())', "pass",
+              "tests/test_training.py::test_a_trainer_goes_on_with_the_same_bits[fp32]"),
+    in_python("parts of a batch of equal weight", "training",
+              "yield len(labels) / len(batch), images", "yield 1 / processes.count(), images",
+              "tests/test_processes.py::test_losses_are_those_of_one_process[3"),
+    in_python("gradients of one process", "training",
+              "processes.add_up([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])", "processes.add_up([loss])",
+              "tests/test_processes.py::test_losses_are_those_of_one_process[2"),
+    in_python("the same dropout in every process", "processes",
+              "return seed if is_first() else", "return seed if seed >= 0 else",
+              "tests/test_processes.py::test_each_process_draws_its_own_numbers_and_one_process_those_of_before"),
+    in_python("labels that are none", "data", "0 <= labels.min() <= labels.max() < len(part.classes)", "True",
+              "tests/test_damage.py::test_mnist_of_another_structure_is_refused"),
+    in_python("old pickles of MNIST", "data", 'if (folder / "processed").exists():', "if False:",
+              "tests/test_damage.py::test_foreign_pickles_are_not_unpickled"),
+]  # fmt: skip
+
 PYTORCH = [
     in_python("fp16 computed in fp16", "torch_backend",
               "return tokens.float() if tokens.dtype == torch.float16 else tokens", "return tokens",
@@ -314,4 +358,4 @@ PATCHING = [
               "tests/test_convert.py::test_layer_computes_what_the_block_did[guided-diffusion]"),
 ]  # fmt: skip
 
-MUTANTS = [*KERNELS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *PYTORCH, *PATCHING]
+MUTANTS = [*KERNELS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *TRAINING, *PYTORCH, *PATCHING]
