@@ -119,6 +119,21 @@ def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -
     return tuple(t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors)
 
 
+@pytest.mark.parametrize("options", [{}, {"qk_channels": 1}, {"num_heads": 2}], ids=str)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_traced_layer_is_the_eager_layer(options, backend, place):
+    """On maps of any size and number, and in training: a trace would not see what runs outside of PyTorch's operators."""
+    layer = visattn.SelfAttention2d(8, **options, device=place)
+    x = torch.randn(3, 8, 2, 5, device=place, requires_grad=True)
+    with use_backend(backend):
+        traced = torch.jit.trace(layer, (torch.randn(1, 8, 3, 3, device=place),))
+        got, wanted = traced(x), layer(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        leaves = [x, layer.conv_query.weight, layer.conv_value.bias]
+        for a, b in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=str)
 @pytest.mark.parametrize("optional", [True, False], ids=["all parameters", "weights only"])
 @pytest.mark.parametrize("normalize", ["keys", "queries"])

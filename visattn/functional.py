@@ -104,12 +104,13 @@ def _under_autocast(
 
 
 def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: Weights) -> Tensor:
-    """Runs eagerly, with or without a graph, or as an op where a compiler is looking."""
+    """Runs eagerly, with or without a graph, or as an op where a compiler or `torch.jit.trace` is looking."""
     needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (b_k, *weights)))
-    if torch.compiler.is_compiling():
+    tracing = torch.jit.is_tracing()
+    if tracing or torch.compiler.is_compiling():
         from . import ops
 
-        return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph)[0]
+        return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph or tracing)[0]  # a trace may be trained later
     _refuse_transforms(x, b_k, *weights)
     if needs_graph:
         return autograd.differentiable(x, b_k, weights, settings)
@@ -173,8 +174,8 @@ def _form_and_backend(h: Tensor, weights: block.Weights, num_heads: int, pool: i
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> Tensor:
-    """Attention on tokens, eagerly or as an op where a compiler is looking."""
-    if torch.compiler.is_compiling():
+    """Attention on tokens, eagerly or as an op where a compiler or `torch.jit.trace` is looking."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         from . import ops
 
         return ops.token_attention(q, k, v, b_k, scale, backend)[0]
