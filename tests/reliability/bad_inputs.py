@@ -440,6 +440,31 @@ def _not_aligned(t: Tensor) -> Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+def _gradient_of_gamma(function: Callable[..., Tensor], *shape: int) -> Tensor:
+    gamma = torch.full(shape, 0.7, requires_grad=True)
+    return torch.autograd.grad(function(**CALL, gamma=gamma, residual=False).square().sum(), gamma)[0]
+
+
+def _right_gradient_of_gamma(name: str, *shape: int) -> Kind:
+    return Kind(
+        name, lambda: _gradient_of_gamma(functional.self_attention_2d, *shape),
+        right=lambda: _gradient_of_gamma(reference.self_attention_2d, *shape),
+    )  # fmt: skip
+
+
+def _by_default(switch: Callable[[Any], None], value: Any, usual: Any) -> Tensor:
+    """With another default of PyTorch's, which is nothing to tensors that exist."""
+    switch(value)
+    try:
+        return _gradient(X, num_heads=2, scale=0.1) + _gradient(X, scale=0.1)
+    finally:
+        switch(usual)
+
+
+def _sum_of_gradients() -> Tensor:
+    return sum(_gradient(X, reference.self_attention_2d, num_heads=n, scale=0.1) for n in (2, 1))  # type: ignore[return-value]
+
+
 def _wide_and_negated() -> dict[str, Tensor]:
     w = _normal(257, 257) / 16
     return {"x": lazily_negated(_normal(1, 257, 1, 3)), "w_q": w, "w_k": w, "w_v": torch._neg_view(w)}
@@ -477,6 +502,13 @@ UNUSUAL = [
     _right_gradient("gradient negated, thin keys", NEGATED, w_q=W[:2], w_k=W[:2]),
     _right_gradient("gradient that is not aligned", _not_aligned(X)),
     *(_of_pixels(dtype) for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)),
+    _right_gradient_of_gamma("gradient of gamma without dimensions"),
+    _right_gradient_of_gamma("gradient of gamma of four dimensions", 1, 1, 1, 1),
+    right("slices of one weight", **dict(zip(("w_q", "w_k", "w_v"), _normal(24, 8).chunk(3), strict=True))),
+    right("columns of one weight", **dict(zip(("w_q", "w_k", "w_v"), _normal(8, 24).chunk(3, 1), strict=True))),
+    right("weight of a convolution in channels_last", w_v=W[..., None, None].contiguous(memory_format=torch.channels_last)),
+    Kind("float64 by default", lambda: _by_default(torch.set_default_dtype, torch.float64, torch.float32), right=_sum_of_gradients),
+    Kind("tensors on meta by default", lambda: _by_default(torch.set_default_device, "meta", None), right=_sum_of_gradients),
     Kind("no pixels", lambda: functional.attention_rows(X, W, W, PIXELS[:0]), right=lambda: torch.empty(2, 0, 3, 4)),
     Kind("shapes on meta", _on_meta, right=lambda: torch.zeros_like(X)),
     Kind("shapes of heads on meta", lambda: _on_meta(num_heads=2), right=lambda: torch.zeros_like(X)),
