@@ -3,7 +3,7 @@
 import pytest
 
 from .conftest import INTERPRETING
-from .reliability.bad_inputs import BACKENDS, KINDS, markdown, outcome
+from .reliability.bad_inputs import BACKENDS, GROUPS_OF_KINDS, KINDS, markdown, outcome, summary
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -24,3 +24,4 @@ def test_the_table_names_every_kind_once():
     lines = markdown({(KINDS[0].name, BACKENDS[0]): "gave a result"}).splitlines()
     assert len(lines) == len(KINDS) + 2
     assert "gave a result" in lines[2]
+    assert len(summary({}).splitlines()) == len(GROUPS_OF_KINDS) + 2

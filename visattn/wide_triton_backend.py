@@ -19,7 +19,7 @@ LOG2E = math.log2(math.e)
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
-    tokens, weights = x.flatten(2).resolve_neg(), weights.matrices()
+    tokens, weights = x.flatten(2), weights.matrices()
     y = empty_map_like(x).flatten(2)
     lse = x.new_empty((x.shape[0], tokens.shape[2]), dtype=torch.float32)
     if x.numel():
@@ -42,7 +42,7 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     configs = kernels.wide_configs(x.dtype, kernel_target(x.device))
-    tokens, g, weights = x.flatten(2).resolve_neg(), d_out.flatten(2).resolve_neg(), weights.matrices()
+    tokens, g, weights = x.flatten(2), d_out.flatten(2), weights.matrices()
     u = folded_queries(weights, scale * LOG2E, tokens)
     w_v, _ = output_projection(weights, x.dtype)
     d_y = torch.bmm(w_v.mT.expand(len(x), -1, -1), g, out=torch.empty_like(u))

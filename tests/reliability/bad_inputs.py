@@ -515,7 +515,16 @@ UNUSUAL = [
     Kind("shapes over the queries on meta", lambda: _on_meta(normalize="queries"), right=lambda: torch.zeros_like(X)),
 ]  # fmt: skip
 
-KINDS = [*BAD_CALLS, *BAD_BLOCKS, *BAD_LAYERS, *BAD_QUESTIONS, *BAD_MODELS, *BAD_STATES, *UNUSUAL]
+GROUPS_OF_KINDS = {
+    "calls of the layer": BAD_CALLS,
+    "heads, pooling, norm, projection": BAD_BLOCKS,
+    "layers": BAD_LAYERS,
+    "attention maps, `explain`, channel attention": BAD_QUESTIONS,
+    "`convert.load`, `patch_model`, `create_model`, `use_backend`": BAD_MODELS,
+    "transforms, derivatives, states": BAD_STATES,
+    "unusual, and right": UNUSUAL,
+}
+KINDS = [kind for kinds in GROUPS_OF_KINDS.values() for kind in kinds]
 
 
 def outcome(kind: Kind, backend: str) -> str:
@@ -564,6 +573,16 @@ def markdown(off: dict[tuple[str, str], str]) -> str:
     return report.markdown_table(["kind", "wanted", "PyTorch path", "Triton kernels"], rows)
 
 
+def summary(off: dict[tuple[str, str], str]) -> str:
+    """The same, counted: a line for each group of kinds."""
+    rows = []
+    for group, kinds in GROUPS_OF_KINDS.items():
+        wrong = [sum(bool(off.get((kind.name, backend))) for kind in kinds) for backend in BACKENDS]
+        errors = sum(kind.error is not None for kind in kinds)
+        rows.append([group, str(errors), str(len(kinds) - errors), *(str(len(kinds) - n) + f" of {len(kinds)}" for n in wrong)])
+    return report.markdown_table(["kinds of input", "to be refused", "to be right", "as wanted, PyTorch path", "as wanted, kernels"], rows)
+
+
 def on_the_kernels() -> dict[str, str]:
     """`outcome` of every kind on the kernels in the interpreter, in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.reliability.bad_inputs", "triton"]
@@ -597,4 +616,5 @@ if __name__ == "__main__":
         for kind_ in KINDS:
             print(kind_.name, " ".join(outcome(kind_, "triton").split()), sep="\t")
     else:
-        print(markdown(results()))
+        found_ = results()
+        print(summary(found_), markdown(found_), sep="\n\n")
