@@ -2,7 +2,6 @@
 
 import importlib
 import pkgutil
-import threading
 from unittest import mock
 
 import pytest
@@ -14,7 +13,7 @@ import visattn.kernels
 from visattn import device, functional, reference, use_backend
 
 from .conftest import INTERPRETING
-from .oracle import make_problem, run_layer, truth_of
+from .oracle import make_problem, run_layer
 from .reliability.limits import ARRANGEMENTS, BUGS, TRIED, complaints, missing
 
 
@@ -147,27 +146,3 @@ def test_nothing_is_tuned_at_call_time():
     for path in pkgutil.iter_modules(visattn.kernels.__path__):
         module = importlib.import_module(f"visattn.kernels.{path.name}")
         assert not any(isinstance(value, triton.runtime.Autotuner) for value in vars(module).values()), path.name
-
-
-def test_threads_on_a_cold_cache(backend, place):
-    """Eight threads make the first call at once (triton#11494); in the interpreter there is no cache, and its state is one for all."""
-    if INTERPRETING and backend == "triton":
-        pytest.skip("Triton's interpreter runs one kernel at a time")
-    problem = make_problem((2, 5, 3, 7)).to(place)
-    truth, start, outs = truth_of(problem)["out"], threading.Barrier(8), []
-
-    def call() -> None:
-        start.wait()
-        outs.append(functional.self_attention_2d(
-            problem.x, problem.w_q, problem.w_k, problem.w_v, problem.b_q, problem.b_k, problem.b_v, gamma=problem.gamma, residual=False,
-            backend=backend,
-        ))  # fmt: skip
-
-    threads = [threading.Thread(target=call) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(outs) == 8
-    for out in outs:
-        torch.testing.assert_close(out.cpu().double(), truth, rtol=0, atol=1e-6)

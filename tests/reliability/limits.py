@@ -182,8 +182,15 @@ BUGS = [
     Bug("TF32 in gradients of fp32", "triton_docs_tutorials#6", ("test_limits.py::test_full_precision_is_the_default",)),
     Bug("a backward pass that assumes a causal mask", "triton#4541", ("test_limits.py::test_every_pixel_reaches_every_pixel",)),
     Bug("the tutorial's scale of 0.5", "attorch", ("test_oracle.py::test_wrong_forward_is_rejected",)),
-    Bug("processes that tune for themselves, and race", "pytorch#92664", ("test_limits.py::test_nothing_is_tuned_at_call_time",)),
-    Bug("threads on a cold cache", "triton#11494", ("test_limits.py::test_threads_on_a_cold_cache",), on_gpu=True),
+    Bug(
+        "processes that tune for themselves, and race", "pytorch#92664",
+        ("test_limits.py::test_nothing_is_tuned_at_call_time", "test_state.py::test_processes_compile_into_one_cold_cache"),
+    ),
+    Bug(
+        "threads on a cold cache", "triton#11494",
+        ("test_state.py::test_threads_processes_and_forks_from_cold", "test_state.py::TestOnTheDevice::test_threads_on_a_cold_cache"),
+        on_gpu=True,
+    ),
 ]  # fmt: skip
 """Each with a test of its own here, or where it belongs."""
 
