@@ -9,7 +9,7 @@ import torch
 from visattn import use_backend
 
 from .conftest import HAS_GPU, INTERPRETING
-from .reliability import cold, state
+from .reliability import cold, sanitized, state
 from .reliability.cold import LAYERS, make, make_map, same, step
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -91,12 +91,17 @@ def test_processes_compile_into_one_cold_cache():
     assert cold.run("compiling") == {"compiling": state.ONE_BINARY}
 
 
+def test_what_the_sanitizer_watches_runs():
+    assert sanitized.work() == len(sanitized.LAYERS) * (3 if HAS_GPU else 1)
+
+
 @pytest.mark.gpu
 class TestOnTheDevice:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
     @pytest.mark.parametrize("name", [name for name in LAYERS if name != "ChannelAttention"])
     def test_a_thousand_repeats(self, name, dtype):
         """So many programs at once that a race would show; odd sides, so that every loop has a rest."""
+        torch.use_deterministic_algorithms(True)  # for the projections by cuDNN; the kernels have but one way
         module, x = make(name, "cuda", dtype), make_map(64, 8, 31, 33, device="cuda", dtype=dtype)
         with use_backend("triton"):
             assert state.different_repeats(module, x, state.REPEATS) == 0

@@ -92,33 +92,29 @@ def graphs_for_many_sizes(name: str, sizes: Sequence[tuple[int, ...]], dynamic: 
 
 def figures() -> list[Figure]:
     torch.set_num_threads(1)
-    found = [
-        Figure(f"{REPEATS} passes forward and back of {name}, on the CPU", f"{different} with other bits", "0", different == 0)
-        for name in LAYERS
-        for different in [different_repeats(make(name), make_map(), REPEATS)]
-    ]
-    attempts = cold.run("compiling", "ranks", "threads", "fork") | cold.run("repeats in the interpreter", TRITON_INTERPRET="1")
-    wrong = [f"{name}, use_reentrant={r}" for name in LAYERS for r in (True, False) if not checkpointed_is_the_same(name, r)]
-    errors = {(name, d, n): e for name in LAYERS for d in RMS_FLOOR for n, e in errors_under_autocast(name, d).items()}
-    off = [key for key, (ours, narrow) in errors.items() if ours > max(2 * narrow, RMS_FLOOR[key[1]])]
-    scaled = [name for name in LAYERS if scaler_is_right(name)]
-    graphs = {name: graphs_for_many_sizes(name, SIZES, None) for name in LAYERS}
+    repeats = {name: different_repeats(make(name), make_map(), REPEATS) for name in LAYERS}
+    came_of = cold.run("compiling", "ranks", "threads", "fork") | cold.run("repeats in the interpreter", TRITON_INTERPRET="1")
+    compiled, ranks = came_of["compiling"], came_of["ranks"]
+    checkpointed = [checkpointed_is_the_same(name, use_reentrant) for name in LAYERS for use_reentrant in (True, False)]
+    errors = [(dtype, *pair) for name in LAYERS for dtype in RMS_FLOOR for pair in errors_under_autocast(name, dtype).values()]
+    off = sum(ours > max(2 * narrow, RMS_FLOOR[dtype]) for dtype, ours, narrow in errors)
+    scaled = [scaler_is_right(name) for name in LAYERS]
+    graphs = [graphs_for_many_sizes(name, SIZES, None) for name in LAYERS]
+    on_kernels = came_of["repeats in the interpreter"]
     return [
-        *found,
-        _figure(
-            "10 passes forward and back on the kernels, in the interpreter", attempts["repeats in the interpreter"], 0, "with other bits"
+        *(Figure(f"{REPEATS} passes forward and back, {name}, CPU", f"{n} with other bits", "0", n == 0) for name, n in repeats.items()),
+        Figure("10 passes on the kernels in the interpreter", f"{on_kernels} with other bits", "0", on_kernels == 0),
+        Figure("8 threads start where nothing has run before", f"{came_of['threads']} with other bits", "0", came_of["threads"] == 0),
+        Figure("a child forked after the layers have run", "the same bits" if came_of["fork"] else "others", "the same", came_of["fork"]),
+        Figure(
+            "8 processes compile a kernel into one cold cache",
+            f"{compiled['finished']} finish, {compiled['binaries']} binary, {compiled['left']} half-written files", "8, 1, 0",
+            compiled == ONE_BINARY,
         ),
-        _figure("8 threads start at once, nothing has run before", attempts["threads"], 0, "with other bits"),
-        _figure("a child forked after the layers have run", attempts["fork"], True, "the same bits"),
-        _figure("8 processes compile one kernel into one cold cache", attempts["compiling"], ONE_BINARY, ""),
-        _figure("DistributedDataParallel, 2 processes, find_unused_parameters on and off", attempts["ranks"], [], "differ"),
-        _figure("activation checkpointing, use_reentrant on and off", wrong, [], "with other bits"),
-        _figure(f"autocast to bf16 and fp16: {len(errors)} tensors against the layer in that dtype", len(off), 0, "beyond the gate"),
-        _figure("GradScaler: the step is that without it, and none where the loss is infinite", scaled, list(LAYERS), ""),
-        Figure(f"graphs that torch.compile makes for maps of {len(SIZES)} sizes", f"{graphs}", "at most 5", max(graphs.values()) <= 5),
-        Figure("races on a GPU: 1,000 repeats, 8 threads on a cold cache, graph capture, sanitizer", "–", "none", None),
-    ]
-
-
-def _figure(what: str, found: object, wanted: object, unit: str) -> Figure:
-    return Figure(what, f"{found} {unit}".rstrip(), f"{wanted}", found == wanted)
+        Figure("DistributedDataParallel, 2 processes, find_unused_parameters or not", f"{len(ranks)} of 16 results differ", "0", not ranks),
+        Figure("activation checkpointing, use_reentrant or not", f"{sum(checkpointed)} of 8 the same bits", "8", all(checkpointed)),
+        Figure("autocast against the layer in bf16 and fp16 itself", f"{off} of {len(errors)} tensors twice as wrong", "0", off == 0),
+        Figure("GradScaler: same step, and none where the loss is infinite", f"{sum(scaled)} of 4 layers", "4", all(scaled)),
+        Figure(f"graphs that torch.compile makes for {len(SIZES)} sizes", ", ".join(map(str, graphs)), "at most 5", max(graphs) <= 5),
+        Figure("races on a GPU: repeats, threads, graph capture, streams, sanitizer", "–", "none", None),
+    ]  # fmt: skip
