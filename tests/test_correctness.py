@@ -115,9 +115,13 @@ def test_rounding_does_not_meet_a_large_mean_where_pytorch_projects():
     assert_correct(make_problems((1, 128, 16, 17), qk_channels=8, mean=10.0, gain=2.0), "torch", PLACE)
 
 
-@pytest.mark.parametrize(("dtype", "names"), [(torch.float16, ("x", "w_k")), (torch.float32, ("w_k",))], ids=["float16", "float32"])
-@pytest.mark.parametrize(("shape", "qk_channels"), [((1, 16, 6, 6), None), ((1, 24, 6, 6), 4)], ids=str)
-def test_rounding_of_a_mean_does_not_reach_the_keys(shape, qk_channels, dtype, names, backend, place):
+@pytest.mark.parametrize(
+    ("shape", "qk_channels", "dtype"),
+    [(shape, qk, dtype) for shape, qk in (((1, 16, 6, 6), None), ((1, 24, 6, 6), 4)) for dtype in (torch.float16, torch.float32)]
+    + [((1, 257, 3, 4), None, torch.float16)],
+    ids=str,
+)
+def test_rounding_of_a_mean_does_not_reach_the_keys(shape, qk_channels, dtype, backend, place):
     """Map and queries have a mean a hundred times their spread, keys have none, so that eager's own error leaves room.
 
     Measured 0.03 of eager's error at most, and 0.3 at least where Δ is not mended, or what rounding leaves of Σ dS meets the map.
@@ -126,7 +130,7 @@ def test_rounding_of_a_mean_does_not_reach_the_keys(shape, qk_channels, dtype, n
     problems = [replace(p, w_q=p.w_q.abs(), w_k=p.w_k - p.w_k.mean(1, keepdim=True)) for p in problems]
     truth, eager = stacked([truth_of(p) for p in problems]), stacked([eager_of(p) for p in problems])
     ours = stacked([run_layer(p, backend, place) for p in problems])
-    for name in names:
+    for name in ("x", "w_k") if dtype == torch.float16 else ("w_k",):
         error, allowed = ((found[name].double() - truth[name]).abs().max() for found in (ours, eager))
         assert error < 0.1 * allowed, name
 

@@ -20,6 +20,9 @@ TRAP = "tests/test_correctness.py::test_keys_that_do_not_exist_have_no_weight"
 MEAN = "tests/test_correctness.py::test_rounding_does_not_meet_a_large_mean"
 GRADCHECK, GRADGRADCHECK = "tests/test_autograd.py::test_gradcheck", "tests/test_autograd.py::test_gradgradcheck"
 KEYS = "tests/test_correctness.py::test_rounding_of_a_mean_does_not_reach_the_keys"
+ACCUMULATES = "tests/test_correctness.py::test_more_channels_than_one_program_accumulates"
+WIDE = ACCUMULATES + "[triton-(2, 320, 5, 7)-40-peaked-0.0-torch.float16]"
+WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-3.0-torch.float16]"
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
 REFUSED = "tests/test_validation.py::test_inputs"
@@ -80,7 +83,7 @@ KERNELS = [
     in_interpreter("what rounding leaves of Σ dS meets the map", "attention_backward",
                    "acc - row_sum[:, None] * y.to(tl.float32)", "acc", MEAN + "[triton-64]"),
     in_interpreter("Δ not mended for the keys", "attention_backward",
-                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 16, 6, 6)-None-float16]"),
+                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 16, 6, 6)-None-torch.float16]"),
     in_interpreter("Δ of the keys too large by log2(e)", "attention_backward",
                    "- (delta * LN2)[None, :]", "- delta[None, :]", BRANCH + PLAIN),
     in_interpreter("the keys' gradient in place of the queries', not added", "attention_backward",
@@ -97,7 +100,7 @@ KERNELS = [
     in_interpreter("what rounding leaves of Σ dS meets the keys", "projected_attention_backward",
                    "acc - row_sum[:, None] * mean_k.to(tl.float32)", "acc", MEAN + "[triton-8]"),
     in_interpreter("Δ not mended for thin keys", "projected_attention_backward",
-                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 24, 6, 6)-4-float16]"),
+                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 24, 6, 6)-4-torch.float16]"),
     in_interpreter("thin keys beyond the last in the sum that mends Δ", "projected_attention_backward",
                    "d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)", "d_s = d_s + 0.0",
                    TRAP + "[triton-(1, 24, 5, 7)-6-torch.float32]"),
@@ -116,6 +119,31 @@ KERNELS = [
     in_interpreter("Δ not mended for keys on tokens", "token_attention",
                    "delta + row_sum, mask", "delta, mask",
                    TOKENS + "::TestKernels::test_rounding_of_the_values_mean_does_not_reach_the_keys"),
+]  # fmt: skip
+
+WIDE_MAPS = [
+    in_interpreter("parts of the channels counted as tiles of tokens", "wide_attention",
+                   "tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn\n    u_ptr += n * stride_un\n\n",
+                   "tile * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn\n    u_ptr += n * stride_un\n\n", WIDE),
+    in_interpreter("Δ not mended on wide maps", "wide_attention",
+                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 257, 3, 4)-None-torch.float16]"),
+    in_interpreter("what rounding leaves of Σ dS meets a wide map", "wide_attention",
+                   "acc - row_sum[:, None] * y.to(tl.float32)", "acc", WIDE_MEAN),
+    in_interpreter("keys' gradient of the first channels only", "attention_backward",
+                   "offs_c = tile % parts * BLOCK_C + tl.arange(0, BLOCK_C)", "offs_c = tl.arange(0, BLOCK_C)", WIDE),
+    in_interpreter("the two pairs of a sum exchanged", "token_moments",
+                   "second = split % 2 == 1", "second = split % 2 == 0", BRANCH + PLAIN),
+    in_interpreter("strides of the first pair for the second", "token_moments",
+                   "stride_al, stride_bl = tl.where(second, stride_cl, stride_al), tl.where",
+                   "stride_al, stride_bl = stride_al, tl.where",
+                   "tests/test_layouts.py::test_layouts[triton-contiguous-channels_last-torch.float32]"),
+    Mutant("natural logits of a wide map under a base-2 exponential", "visattn/wide_triton_backend.py",
+           "(tokens, folded_queries(weights, scale * LOG2E, tokens), y", "(tokens, folded_queries(weights, scale, tokens), y", WIDE, True),
+    Mutant("gradient of a wide map passed along without a residual", "visattn/wide_triton_backend.py",
+           "            if residual:\n", "            if True:\n", WIDE, True),
+    Mutant("numbers read as they lie where they are negated", "visattn/triton_backend.py",
+           "return tensor.resolve_neg() if tensor.is_neg() else tensor", "return tensor",
+           "tests/test_layouts.py::test_layouts_with_narrow_queries[triton-lazily_negated-contiguous]", True),
 ]  # fmt: skip
 
 LAUNCHERS = [
@@ -235,6 +263,10 @@ DISPATCH = [
               "if gamma is not None and gamma.numel() != 1:", "if gamma is not None and gamma.numel() < 1:", REFUSED),
     in_python("windows larger than the map", "validation",
               "if pool > min(x.shape[2:]):", "if pool > max(x.shape[2:]):", REFUSED),
+    in_python("derivatives that go forwards lost in silence", "functional",
+              "if autograd.transforms_are_active() or autograd.derives_forwards():", "if autograd.transforms_are_active():", REFUSED),
+    in_python("pixels counted in narrow integers", "functional",
+              "pixels = pixels.long()  # narrower", "pixels = pixels.clone()  # narrower", REFUSED),
     in_python("rows below the map", "validation",
               "(pixels[:, 0] >= height)", "(pixels[:, 0] > height)", REFUSED),
     in_python("a bias of a column", "validation",
@@ -303,7 +335,7 @@ PYTORCH = [
               MEAN + "_where_pytorch_projects"),
     in_python("what rounding leaves of Σ dS meets the map, in PyTorch", "torch_attention",
               "torch.bmm(centered_keys[maps], d_s.mT)", "torch.bmm(k[maps], d_s.mT)",
-              KEYS + "[torch-(1, 16, 6, 6)-None-float32]"),
+              KEYS + "[torch-(1, 16, 6, 6)-None-torch.float32]"),
     in_python("keys of a chunk's own maps left out", "torch_attention",
               "d_k[maps].baddbmm_(q_chunk, d_s)", "d_k[: maps.stop - maps.start].baddbmm_(q_chunk, d_s)",
               "tests/test_autograd.py::test_first_order_works_in_chunks_like_in_one_piece[100]"),
@@ -358,4 +390,4 @@ PATCHING = [
               "tests/test_convert.py::test_layer_computes_what_the_block_did[guided-diffusion]"),
 ]  # fmt: skip
 
-MUTANTS = [*KERNELS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *TRAINING, *PYTORCH, *PATCHING]
+MUTANTS = [*KERNELS, *WIDE_MAPS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *TRAINING, *PYTORCH, *PATCHING]
