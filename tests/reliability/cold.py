@@ -70,9 +70,8 @@ def run(*names: str, **environment: str) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def threads(count: int = 8) -> int:
+def threads(device: str = "cpu", count: int = 8) -> int:
     """How many of so many threads, which start at once and each run every layer first of all, got other bits than a later run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = {name: make(name, device) for name in LAYERS}
     maps, found, together = [make_map(device=device, seed=seed) for seed in range(count)], {}, threading.Barrier(count)
 
@@ -209,11 +208,12 @@ ATTEMPTS: dict[str, Callable[[], Any]] = {
     "ranks": ranks,
     "threads": threads,
     "fork": fork,
+    "threads on a GPU": lambda: threads("cuda"),
     "repeats in the interpreter": repeats_in_the_interpreter,
     "warm capture": lambda: capture(warm=True),
     "cold capture": lambda: capture(warm=False),
 }
-"""Those that fork come first where several are tried: threads, and CUDA, do not survive it."""
+"""Those that fork come first where several are tried, and none after something on a GPU, which does not survive it."""
 
 
 def main() -> None:
