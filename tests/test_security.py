@@ -30,7 +30,7 @@ def test_what_would_is_found(tmp_path, monkeypatch, code):
 
 
 def test_commands_write_into_their_output_folder_only(tmp_path):
-    seen = security.commands(tmp_path, ("train", "map")) | {"convert": security.convert(tmp_path)}
+    seen = security.commands(tmp_path, ("train",)) | {"convert": security.convert(tmp_path)}
     for name, watched in seen.items():
         assert security.wrong_with(name, watched) == []
     outside = security.watch("open('elsewhere', 'w'); import os; os.mkdir('folder')", tmp_path, tmp_path / "of-train")
