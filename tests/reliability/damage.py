@@ -29,6 +29,10 @@ from .runs import Fault
 FORMATS = ("png", "jpeg", "gif", "webp", "bmp", "tiff", "ppm")
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def regions(content: bytes) -> dict[str, tuple[int, int]]:
     """Where the parts of a checkpoint begin and end."""
     header = 8 + int.from_bytes(content[:8], "little")
@@ -62,7 +66,12 @@ def checkpoints(folder: Path, rounds: int, seed: int) -> tuple[Counter[str], lis
     """Damage of each kind, so many rounds of it: how often each was tried, and what was read in spite of it."""
     chance, tried, wrong = random.Random(seed), Counter[str](), []
     path = folder / "c.safetensors"
-    tensors = {"a": torch.randn(60, 60), "b": torch.tensor(2.5, dtype=torch.bfloat16), "c": torch.arange(30), "d": torch.empty(0)}
+    tensors = {
+        "a": torch.randn(60, 60, generator=seeded(seed)),
+        "b": torch.tensor(2.5, dtype=torch.bfloat16),
+        "c": torch.arange(30),
+        "d": torch.empty(0),
+    }
     checkpoint.save(path, tensors, {"epoch": 1, "loss": 0.1, "classes": ["ä", "b"]})
     content = path.read_bytes()
     for _ in range(rounds):
@@ -185,7 +194,7 @@ def best_weights(folders: Folders) -> list[str]:
 def images(folder: Path, number: int, seed: int) -> tuple[Counter[str], list[str]]:
     """Damaged image files: how many were read and how many refused, and what was raised other than the one error."""
     chance, came, wrong = random.Random(seed), Counter[str](), []
-    picture = Image.fromarray(torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy())
+    picture = Image.fromarray(torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8, generator=seeded(seed)).numpy())
     for form in FORMATS:
         buffer = io.BytesIO()
         picture.save(buffer, form)
@@ -212,7 +221,7 @@ def images(folder: Path, number: int, seed: int) -> tuple[Counter[str], list[str
 def write_mnist(root: Path, number: int = 7) -> Path:
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    pixels = torch.randint(0, 256, (number, 28, 28), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (number, 28, 28), dtype=torch.uint8, generator=seeded(0))
     for part in ("train", "t10k"):
         for name, array in (("images-idx3", pixels), ("labels-idx1", torch.arange(number, dtype=torch.uint8))):
             header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
