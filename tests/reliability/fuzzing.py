@@ -304,18 +304,35 @@ def _moved(problem: Problem, case: Case, seed: int) -> Problem:
     """Each number moved at random, in float64, by up to one unit in its last place and √K rounding errors for sums of K terms.
 
     In whatever order it adds, a sum of K products is the exact one of such numbers (Higham and Mary 2019, with λ = 1); of K equal
-    products, which are rounded alike, that of numbers moved by K. 16 bits are added up in fp32.
+    products, which are rounded alike, that of numbers moved by K. 16 bits are added up in fp32. A backward pass that keeps lse computes
+    the weights of d_out anew as exp(logit - lse), and they are off by a rounding error of the logit.
     """
     generator = torch.Generator().manual_seed(seed)
     eps = torch.finfo(DTYPES[case.dtype]).eps
     terms = max(case.channels, case.qk_channels, case.value_channels or 0, case.height * case.width)
     roundings = terms if case.layout in REPEATED else terms**0.5
-    distance = eps + roundings * min(eps, torch.finfo(torch.float32).eps) / 2
+    accumulated = min(eps, torch.finfo(torch.float32).eps)
+    distance = eps + roundings * accumulated / 2
+    distance_of_weights = distance + accumulated * _largest_logit(problem, case)
 
-    def moved(t: Tensor) -> Tensor:
+    def moved(t: Tensor, distance: float = distance) -> Tensor:
         return t.double() * (1 + distance * (2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1))
 
-    return replace(problem, tensors={name: moved(t) for name, t in problem.tensors.items()}, d_out=moved(problem.d_out))
+    return replace(
+        problem, tensors={name: moved(t) for name, t in problem.tensors.items()}, d_out=moved(problem.d_out, distance_of_weights)
+    )
+
+
+def _largest_logit(problem: Problem, case: Case) -> float:
+    """Of pixels that are not pooled."""
+    tensors = {name: t.double() for name, t in problem.tensors.items()}
+    x, scale = tensors["x"].nan_to_num(), (case.qk_channels // case.num_heads) ** -0.5 if case.scale is None else case.scale
+    if case.groups:
+        x = torch.group_norm(x, case.groups, tensors.get("norm_weight"), tensors.get("norm_bias"), 1e-6)
+    q, k = (tensors[name].flatten(1) @ x.flatten(2) for name in ("w_q", "w_k"))
+    q = q + tensors["b_q"][:, None] if "b_q" in tensors else q
+    logits = scale * q.unflatten(1, (case.num_heads, -1)).mT @ k.unflatten(1, (case.num_heads, -1))
+    return logits.abs().max().item()
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
