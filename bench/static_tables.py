@@ -1,5 +1,6 @@
 """The rows of `python -m bench static` as text: aligned columns for a terminal, Markdown for a report, and whole passes."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -94,7 +95,7 @@ def passes(rows: Iterable[Row]) -> list[Row]:
     found = []
     for _, group in groupby(rows, key=_form):
         counted = [r for r in group if r["prediction"] and r["prediction"]["floor"]]
-        loops = {r["kernel"].removeprefix("projected_").removeprefix("token_"): r for r in counted}
+        loops = {re.sub("^(projected|token|wide)_", "", r["kernel"]): r for r in counted}
         for name, kernels in (("forward", ["attention_forward"]), ("backward", ["query_gradient", "key_value_gradient"])):
             if all(kernel in loops for kernel in kernels):
                 found.append(_pass(name, [loops[kernel] for kernel in kernels]))

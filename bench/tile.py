@@ -33,6 +33,7 @@ class Tile:
 
     `widths` are the third dimensions of the dots as the map has them, `padded_widths` as the kernel computes them. `streamed` are those
     that a loop inside of the iteration takes `step` channels at a time. `exponentials` is 1 where every element of the tile takes one.
+    `parts` programs, each with some of the channels of the result, share a tile.
     """
 
     rows: int
@@ -44,15 +45,17 @@ class Tile:
     products: int
     element_bytes: int
     exponentials: int
+    parts: int = 1
 
     @property
     def elements(self) -> int:
-        return self.rows * self.columns
+        """Of the tile, this program's share of them."""
+        return self.rows * self.columns // self.parts
 
     @property
     def multiply_adds(self) -> int:
         """Of all dots as the kernel computes them: `rows · columns · padded width`, times the products of its precision."""
-        return self.elements * sum(self.padded_widths) * self.products
+        return self.rows * self.columns * sum(self.padded_widths) * self.products
 
 
 def tile_of(launch: Launch) -> Tile | None:
@@ -67,11 +70,13 @@ def tile_of(launch: Launch) -> Tile | None:
         return None
     dots, contracting = _DOTS[launch.name]
     names = dots.split()
-    padded = tuple(arguments[_BLOCKS[name]] for name in names)
+    widths, blocks = tuple(arguments[name] for name in names), tuple(arguments[_BLOCKS[name]] for name in names)
     step = arguments["BLOCK_K"]
+    # A dot that contracts takes all channels even where the program owns but a part of the result's.
+    padded = tuple(-(-w // step) * step if w > b and i < contracting else b for i, (w, b) in enumerate(zip(widths, blocks, strict=True)))
     streamed = tuple(width for width in padded[:contracting] if width > step)
-    widths = tuple(arguments[name] for name in names)
-    return Tile(arguments["BLOCK_M"], arguments["BLOCK_N"], widths, padded, streamed, step, products, element_bytes, 1)
+    parts = max(-(-w // b) for w, b in zip(widths, blocks, strict=True))
+    return Tile(arguments["BLOCK_M"], arguments["BLOCK_N"], widths, padded, streamed, step, products, element_bytes, 1, parts)
 
 
 def work_of_tile(instructions: Sequence[Instruction], loop: Loop, tile: Tile | None, num_warps: int) -> Work:

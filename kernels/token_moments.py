@@ -71,8 +71,8 @@ def token_moments(
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Σ left_i right_iᵀ` (pairs, A, C) and `Σ left_i` (pairs, A), in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A) of each pair, in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
 
     `second` is another pair of the same shapes, summed in the same launch.
     """
@@ -95,4 +95,4 @@ def token_moments(
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-    return product.sum(0), total.sum(0)
+    return product.sum(0).unbind(), total.sum(0).unbind()
