@@ -85,6 +85,7 @@ def test_threads_processes_and_forks_from_cold():
     assert cold.run("ranks", "threads", "fork") == {"ranks": [], "threads": 0, "fork": True}
 
 
+@pytest.mark.full
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter replaces the compiler")
 def test_processes_compile_into_one_cold_cache():
     """pytorch#92664: ranks that compile the same kernel at once must not read each other's half-written files."""
