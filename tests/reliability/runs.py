@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import sklearn.datasets  # noqa: F401  what the warm process has imported costs its children nothing
 import torch
@@ -115,17 +116,23 @@ def finish_here(
     settings: experiment.Settings = SETTINGS,
 ) -> int:
     """0 where the run came to its end, 2 where it said what was wrong, as the command line does; any other error is the package's."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    experiment.SECONDS_BETWEEN_CHECKPOINTS = -1.0
-    report.training_curves = report.confusion = _draw_nothing  # drawing takes longer than all the rest
-    with open(log or f"{out}.log", "a", encoding="utf-8") as file:
-        try:
-            if fault is not None:
-                _FAULTS[fault.kind](out, fault, pipe)
-            experiment.train(settings, load_digits, out, resume=True, console=Console(file=file, width=10_000))
-        except (OSError, RuntimeError, ValueError) as error:
-            file.write(f"visattn: {error}\n")
-            return 2
+    try:
+        with (
+            open(log or f"{out}.log", "a", encoding="utf-8") as file,
+            mock.patch.object(experiment, "SECONDS_BETWEEN_CHECKPOINTS", -1.0),
+            mock.patch.multiple(report, training_curves=_draw_nothing, confusion=_draw_nothing),  # takes longer than all the rest
+        ):
+            try:
+                if fault is not None:
+                    _FAULTS[fault.kind](out, fault, pipe)
+                experiment.train(settings, load_digits, out, resume=True, console=Console(file=file, width=10_000))
+            except (OSError, RuntimeError, ValueError) as error:
+                file.write(f"visattn: {error}\n")
+                return 2
+    finally:
+        torch.set_num_threads(threads)
     return 0
 
 
