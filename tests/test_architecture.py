@@ -137,8 +137,8 @@ def run_python(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_import_brings_neither_triton_nor_training_libraries():
-    heavy = "{'torchvision', 'matplotlib', 'sklearn', 'rich', 'visattn.kernels', 'visattn.models'}"
+def test_import_brings_neither_triton_nor_compiler_nor_training_libraries():
+    heavy = "{'torch._dynamo', 'torchvision', 'matplotlib', 'sklearn', 'rich', 'visattn.kernels', 'visattn.models'}"
     assert run_python(f"import sys, visattn; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
 
 

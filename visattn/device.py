@@ -4,10 +4,10 @@ import functools
 import importlib.util
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -15,12 +15,19 @@ if TYPE_CHECKING:
     from .kernels import Target
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
-
-
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and warns that it does
+Answer = TypeVar("Answer", bound=Callable[..., object])
+
+
+def _constant(function: Answer) -> Answer:
+    """What `torch.compiler.assume_constant_result` does, without the compiler, whose import takes as long as PyTorch's."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant  # torch.compile looks through a cache, and warns that it does
 def triton_is_interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before visattn is first used)."""
     return _triton_is_interpreting()
@@ -36,7 +43,7 @@ def autocast_is_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def compute_capability(device: torch.device) -> tuple[int, int]:
     return _compute_capability(device)
 
