@@ -18,6 +18,7 @@ from unittest import mock
 
 import sklearn.datasets  # noqa: F401  what the warm process has imported costs its children nothing
 import torch
+import torch._dynamo  # which optimisers import
 from rich.console import Console
 
 from visattn import checkpoint, data, experiment, files, report
