@@ -218,7 +218,7 @@ def key_value_gradient_kernel(
     x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2; delta_ptr (N, L), mended;
     d_x_ptr (N, C, L), read and written.
     """
-    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_N) * parts)
     offs_c = tile % parts * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_n = tile // parts * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -30,8 +30,8 @@ def token_moments_kernel(
     fp32; total_ptr (splits, pairs, A) fp32. The N maps are cut into num_tiles tiles of BLOCK_L tokens, of which each split owns
     tiles_per_split neighbours.
     """
-    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
-    tiles: tl.constexpr = tl.cdiv(A, BLOCK_A)
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    tiles: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
     pid = tl.program_id(0)
     offs_c = pid % parts * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_a = pid // parts % tiles * BLOCK_A + tl.arange(0, BLOCK_A)

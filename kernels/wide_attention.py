@@ -34,7 +34,7 @@ def wide_attention_forward_kernel(
 
     x_ptr, u_ptr, y_ptr (N, C, L); lse_ptr (N, L) fp32, the base-2 log-sum-exp of the logits.
     """
-    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
     part = tile % parts
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -83,7 +83,7 @@ def wide_query_gradient_kernel(
     x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2;
     delta_ptr (N, L) fp32.
     """
-    parts: tl.constexpr = tl.cdiv(C, BLOCK_C)
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
     part = tile % parts
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
