@@ -84,7 +84,8 @@ def backward(
         if not need_weights:
             return d_x, None
         if d_k is None:
-            (query, value), (query_total, value_total) = kernels.token_moments(d_q, tokens, (g, y), config=configs.token_moments)
+            # The value's first: it can become a gradient as it is, which begins where its memory does.
+            (value, query), (value_total, query_total) = kernels.token_moments(g, y, (d_q, tokens), config=configs.token_moments)
             return d_x, Moments(query, query_total, value, value_total)
         (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=configs.token_moments)
         (value,), (value_total,) = kernels.token_moments(g, y, config=configs.token_moments)

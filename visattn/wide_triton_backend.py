@@ -59,5 +59,5 @@ def backward(
             kernels.wide_key_value_gradient(tokens, u, d_y, lse, delta, d_tokens, config=configs.key_value_gradient)
         if not need_weights:
             return d_x, None
-        (query, value), (query_total, value_total) = kernels.token_moments(d_u, tokens, (g, y), config=configs.token_moments)
+        (value, query), (value_total, query_total) = kernels.token_moments(g, y, (d_u, tokens), config=configs.token_moments)
     return d_x, Moments(query, query_total, value, value_total)
