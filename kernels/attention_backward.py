@@ -96,7 +96,7 @@ def accumulate_query_gradient(
         d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
     rounded = d_s.to(x.dtype)
     acc = tl.dot(rounded, tl.trans(x), acc, input_precision=INPUT_PRECISION)
-    return acc, row_sum + row_sums(rounded)
+    return acc, row_sum + row_sums(rounded, C <= BLOCK_K)
 
 
 @triton.jit

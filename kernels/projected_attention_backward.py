@@ -93,7 +93,7 @@ def accumulate_projected_query_gradient(
         d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)
     rounded = d_s.to(k.dtype)
     acc = tl.dot(rounded, tl.trans(k), acc, input_precision=INPUT_PRECISION)
-    return acc, row_sum + row_sums(rounded)
+    return acc, row_sum + row_sums(rounded, offs_cv.shape[0] <= BLOCK_K)
 
 
 @triton.jit

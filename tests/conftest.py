@@ -1,7 +1,5 @@
 """Which backends a test runs on, and what is skipped where, each with its reason."""
 
-import os
-
 import pytest
 import torch
 
@@ -13,8 +11,9 @@ from .wrong_attentions import BACKWARD_FAULTS, FORWARD_FAULTS, GENERAL_FAULTS
 INTERPRETING = device.triton_is_interpreting()
 HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 
-if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+# With more threads the gradient of a convolution's bias is up to seven times as wrong as a sum of the same numbers, and what
+# is judged against eager PyTorch depends on the machine.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -199,7 +199,7 @@ def general_attention(
     groups = {"statistics of each channel": x.shape[1], "statistics of the whole map": 1}.get(fault, norm.num_groups)
     weight, bias, eps = norm.weight, norm.bias, 0.1 if fault == "another eps" else norm.eps
     if fault == "weight of the normalisation ignored":
-        weight = None
+        weight = torch.ones_like(weight)  # PyTorch 2.11 has no gradient of a bias without a weight
     if fault == "bias of the normalisation ignored":
         bias = None
     h = torch.nn.functional.group_norm(x, groups, weight, bias, eps)
