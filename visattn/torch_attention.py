@@ -66,7 +66,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     y = torch.empty_like(v) if q.shape[2] == v.shape[2] else v.new_empty(*v.shape[:2], q.shape[2])
     for maps, rows, logits, p in chunks(q, v, buffers=2):
         torch.softmax(torch.bmm(q[maps, :, rows].mT, k[maps], out=logits), -1, out=p)
-        y[maps, :, rows] = torch.bmm(v[maps], p.mT)
+        torch.bmm(v[maps], p.mT, out=y[maps, :, rows])
     return y
 
 
@@ -83,7 +83,7 @@ def chunked_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, centered_keys
         d_p = torch.bmm(d_y_chunk.mT, v[maps], out=d_s)
         # Autograd's own softmax derivative: its Δ is summed from the p and d_p at hand, so that a saturated row cancels to zero.
         torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_s)
-        d_q[maps, :, rows] = torch.bmm(centered_keys[maps], d_s.mT)
+        torch.bmm(centered_keys[maps], d_s.mT, out=d_q[maps, :, rows])
         if d_v is not None:
             d_v[maps].baddbmm_(d_y_chunk, p)
         if d_k is not None:
