@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> int:
         write(read(options.folder / "rows.jsonl"), options.folder)
         print(f"written to {options.folder}: report.md and its pictures")
         return 0
-    for path in sorted(RESULTS.glob("*/rows.jsonl")):
-        write(read(path), path.parent)
-        print(f"written to bench/results/{path.parent.name}: report.md and its pictures")
+    for folder in sorted({path.parent for name in ("rows.jsonl", HOST_FILE) for path in RESULTS.glob(f"*/{name}")}):
+        write(read(folder / "rows.jsonl") if (folder / "rows.jsonl").exists() else [], folder)
+        print(f"written to bench/results/{folder.name}: report.md and its pictures")
     speed.SECTION.write(speed.section(speed.filed()))
     return 0
 
@@ -68,12 +68,23 @@ def run_import(options: argparse.Namespace) -> int:
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """report.md and the pictures that it shows."""
+    """report.md and the pictures that it shows, of rows, of the host's figures in the folder, or of both."""
     files.write(folder / "report.md", "\n".join(_report(rows, folder)))
 
 
 def _report(rows: list[Row], folder: Path) -> Iterator[str]:
-    yield f"# {rows[0].environment['device']}\n"
+    on_host = host.read(folder / HOST_FILE) if (folder / HOST_FILE).exists() else None
+    environments = [row.environment for row in rows] + ([on_host.environment] if on_host else [])
+    yield f"# {environments[0]['device']}\n"
+    if rows:
+        yield from _of_layers_and_models(rows, folder)
+    if on_host:
+        yield f"## What a call costs the host\n\n{host.markdown(on_host)}\n"
+    if rows:
+        yield from _not_timed(rows)
+
+
+def _of_layers_and_models(rows: list[Row], folder: Path) -> Iterator[str]:
     if any(row.size != "full" for row in rows):
         yield "A quick look: few shapes, small batches, short timings.\n"
     yield "Measured: " + "; ".join(_environments(rows)) + ".\n"
@@ -88,9 +99,6 @@ def _report(rows: list[Row], folder: Path) -> Iterator[str]:
     yield from _lengths(rows, folder)
     yield from _models(rows, folder)
     yield from _other_executions(rows)
-    if (folder / HOST_FILE).exists():
-        yield f"## What a call costs the host\n\n{host.markdown(host.read(folder / HOST_FILE))}\n"
-    yield from _not_timed(rows)
 
 
 def _targets(rows: list[Row]) -> Iterator[str]:

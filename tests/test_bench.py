@@ -215,6 +215,14 @@ def test_only_full_rows_of_a_commit_are_filed(tmp_path, monkeypatch):
         file(a_row())
 
 
+def test_the_hosts_figures_alone_make_a_report(tmp_path):
+    host.write(tmp_path / rows.HOST_FILE, host.Figures(HOW.environment, 0.5, [host.Row("a call", "forward", host.WHOLE, 1, 1.0, 2.0, 3.0)]))
+    report.write([], tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith("# an abacus\n")
+    assert "| a call | forward | 1.0 | 2.0 | 3.0 |" in text
+
+
 def test_the_whole_suite_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
     options = SimpleNamespace(suite=["all"], provider=["naive", "sdpa", "visattn"], size="toy", out=tmp_path, device="cpu", seconds=0.0)
     assert run.run(options) == 0

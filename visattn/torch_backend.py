@@ -110,7 +110,8 @@ def _folded_backward(
     d_y: Tensor, tokens: Tensor, weights: Weights, scale: float, y: Tensor, lse: Tensor | None, need_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """`(d_tokens, d_u)`: what the map (N, C, L) receives as keys, values and queries, and the folded query's gradient."""
-    u, mean = folded_queries(weights, scale, tokens), tokens.mean(2, keepdim=True)
+    product = None if _queries_are_thin(weights) else _product_of_projections(weights, scale, tokens.dtype)
+    u, mean = folded_queries(weights, scale, tokens, product), tokens.mean(2, keepdim=True)
     keys = tokens - mean
     if lse is not None:
         # Softmax drops the mean of the keys, and its derivative that of the values: rounding cannot meet either.
@@ -122,7 +123,7 @@ def _folded_backward(
         d_u = torch_attention.chunked_backward(d_y, u, tokens, tokens, keys, received, received)
     if not need_x:
         return None, d_u
-    return d_tokens.add_(gradient_through_queries(weights, scale, d_u)), d_u
+    return d_tokens.add_(gradient_through_queries(weights, scale, d_u, product)), d_u
 
 
 def _projected_backward(d_y: Tensor, tokens: Tensor, weights: Weights, scale: float, need_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -149,13 +150,14 @@ def widen(tokens: Tensor) -> Tensor:
     return tokens.float() if tokens.dtype == torch.float16 else tokens
 
 
-def folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
-    """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L)."""
+def folded_queries(weights: Weights, scale: float, tokens: Tensor, product: Tensor | None = None) -> Tensor:
+    """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L). product: that of both projections, where it is at hand already."""
     dtype = tokens.dtype
     if _queries_are_thin(weights):
         bias = None if weights.b_q is None else weights.b_q.to(dtype)
         return project(scale * weights.w_k.to(dtype).mT, None, project(weights.w_q.to(dtype), bias, tokens))
-    product = _product_of_projections(weights, scale, dtype)
+    if product is None:
+        product = _product_of_projections(weights, scale, dtype)
     if weights.b_q is None:
         return project(product, None, tokens)
     wide = torch.promote_types(dtype, torch.float32)
@@ -163,12 +165,14 @@ def folded_queries(weights: Weights, scale: float, tokens: Tensor) -> Tensor:
     return project(product, bias.to(dtype), tokens)
 
 
-def gradient_through_queries(weights: Weights, scale: float, d_u: Tensor) -> Tensor:
-    """What x receives from its folded queries' gradient: `scale · W_qᵀ W_k du` (N, C, L)."""
+def gradient_through_queries(weights: Weights, scale: float, d_u: Tensor, product: Tensor | None = None) -> Tensor:
+    """What x receives from its folded queries' gradient: `scale · W_qᵀ W_k du` (N, C, L). product: as for `folded_queries`."""
     dtype = d_u.dtype
     if _queries_are_thin(weights):
         return project(scale * weights.w_q.to(dtype).mT, None, project(weights.w_k.to(dtype), None, d_u))
-    return project(_product_of_projections(weights, scale, dtype).mT, None, d_u)
+    if product is None:
+        product = _product_of_projections(weights, scale, dtype)
+    return project(product.mT, None, d_u)
 
 
 def _queries_are_thin(weights: Weights) -> bool:
