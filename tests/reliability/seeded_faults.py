@@ -334,7 +334,7 @@ PYTORCH = [
               "products(d_k, tokens - tokens.mean(2, keepdim=True))", "products(d_k, tokens)",
               MEAN + "_where_pytorch_projects"),
     in_python("what rounding leaves of Σ dS meets the map, in PyTorch", "torch_attention",
-              "torch.bmm(centered_keys[maps], d_s.mT)", "torch.bmm(k[maps], d_s.mT)",
+              "torch.bmm(centered_keys[maps], d_s.mT,", "torch.bmm(k[maps], d_s.mT,",
               KEYS + "[torch-(1, 16, 6, 6)-None-torch.float32]"),
     in_python("keys of a chunk's own maps left out", "torch_attention",
               "d_k[maps].baddbmm_(q_chunk, d_s)", "d_k[: maps.stop - maps.start].baddbmm_(q_chunk, d_s)",
