@@ -80,7 +80,8 @@ def output(x: Tensor, tokens: Tensor, y: Tensor, weights: Weights, residual: boo
     w_v, b_v = output_projection(weights, tokens.dtype)
     out = empty_map_like(x)
     if residual and _copies_of_weights_cost(tokens):
-        return torch.add(project(w_v, b_v, y), tokens, out=out.flatten(2)).view_as(out)
+        torch.add(project(w_v, b_v, y), tokens, out=out.flatten(2))
+        return out
     branch = torch.baddbmm(tokens, w_v.expand(len(x), -1, -1), y) if residual else torch.bmm(w_v.expand(len(x), -1, -1), y)
     if b_v is None:
         out.flatten(2).copy_(branch)
