@@ -6,7 +6,7 @@ COMPAT := .venv-compat
 IN := $(VENV)/bin/
 CONSTRAINTS := constraints.txt
 
-.PHONY: demo bench test test-all test-compat fuzz mutants survival damage processes security reliability lint clean
+.PHONY: demo bench test rehearsal test-all test-compat fuzz mutants survival damage processes security reliability lint clean
 
 demo: $(VENV)/installed
 	$(IN)python -m visattn demo
@@ -20,6 +20,9 @@ bench: $(VENV)/installed
 test: lint
 	$(IN)python -m pytest -n 2 -m "not full"
 	TRITON_INTERPRET=1 $(IN)python -m pytest -n 2 -m "kernels and not full"
+
+# What runs where a GPU is at hand, without one: every stage starts and ends.
+rehearsal: $(VENV)/installed
 	PYTHON=$(IN)python bash bench/on_gpu.sh "$$(mktemp -d)" --dry-run
 
 # The long form: every kernel × configuration × dtype × device, ahead of time.

@@ -6,6 +6,7 @@ which its errors would vanish.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -230,11 +231,11 @@ def assert_correct(problem: Problem | list[Problem], backend: str, place: torch.
 def make_problems(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, **options: Any) -> list[Problem]:
     """One problem of `make_problem`, or several of different seeds where the map is so small that one says little.
 
-    In the interpreter, which takes a second for what takes a millisecond elsewhere, fewer.
+    In the interpreter, which takes a second for what takes a millisecond elsewhere, fewer, and of fewer maps.
     """
-    small = shape[0] * shape[1] * shape[2] * shape[3] < 32768
-    several = 3 if device.triton_is_interpreting() else 6
-    return [make_problem(shape, dtype, seed=seed, **options) for seed in range(several if small else 1)]
+    several, small = (3, 6000) if device.triton_is_interpreting() else (6, 32768)
+    count = several if math.prod(shape) < small else 1
+    return [make_problem(shape, dtype, seed=seed, **options) for seed in range(count)]
 
 
 def stacked(results: list[Results]) -> Results:
