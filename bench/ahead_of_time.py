@@ -217,6 +217,40 @@ def token_launches(
     return launches
 
 
+def projection_launches(
+    device: Device,
+    dtype: torch.dtype,
+    channels: int,
+    qk_channels: int,
+    value_channels: int,
+    tokens: int = 1024,
+    *,
+    highest: bool = True,
+    channels_last: bool = False,
+) -> list[Launch]:
+    """What attention on tokens launches before and after itself, on a map of `tokens` pixels: projections, and their gradients."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, d_x = (empty(2, tokens, channels).mT if channels_last else empty(2, channels, tokens) for _ in range(2))
+    w_q, w_k, w_v = (empty(width, channels) for width in (qk_channels, qk_channels, value_channels))
+    d_q, d_k, d_v = (empty(2, width, tokens) for width in (qk_channels, qk_channels, value_channels))
+    configs = kernels.projection_configs(channels, dtype, device.kernel_target(highest))
+    with caught_launches() as launches:
+        kernels.qkv_projection(
+            x,
+            kernels.Projection(w_q, empty(qk_channels), 0.125),
+            kernels.Projection(w_k, empty(2, qk_channels)),
+            kernels.Projection(w_v, empty(2, value_channels)),
+            config=configs.qkv_projection,
+        )
+        kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_x, config=configs.backward)
+        kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
+        kernels.token_moments(d_v, x, config=configs.token_moments)
+    return launches
+
+
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """Compiles a caught launch for `device` and reads what became of it.
 

@@ -7,19 +7,21 @@ from .launch_config import (
     BackwardConfigs,
     LaunchConfig,
     ProjectedConfigs,
+    ProjectionConfigs,
     Target,
     TokenConfigs,
     WideConfigs,
     backward_configs,
     forward_config,
     projected_configs,
+    projection_configs,
     projects_keys,
     token_configs,
     wide_configs,
 )
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
-from .qkv_projection import Projection, qkv_projection
+from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
 from .token_attention import token_attention_backward, token_attention_forward
 from .token_moments import token_moments
 from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
@@ -30,6 +32,7 @@ __all__ = [
     "LaunchConfig",
     "ProjectedConfigs",
     "Projection",
+    "ProjectionConfigs",
     "Target",
     "TokenConfigs",
     "WideConfigs",
@@ -40,8 +43,10 @@ __all__ = [
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",
+    "projection_configs",
     "projects_keys",
     "qkv_projection",
+    "qkv_projection_backward",
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",

@@ -89,6 +89,15 @@ class WideConfigs:
 
 
 @dataclass(frozen=True)
+class ProjectionConfigs:
+    """One configuration for each kernel that projects a map to queries, keys and values of any width, and takes their gradients back."""
+
+    qkv_projection: LaunchConfig
+    backward: LaunchConfig
+    token_moments: LaunchConfig
+
+
+@dataclass(frozen=True)
 class TokenConfigs:
     """One configuration for each kernel of attention on tokens."""
 
@@ -135,6 +144,16 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
     return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
+
+
+@functools.cache
+def projection_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectionConfigs:
+    """The configurations of the projections of maps of `num_channels`, 1 to 256; the row of 32 channels serves fewer as well.
+
+    What takes gradients back has the tiles of the kernel that makes the gradient of y out of that of the output.
+    """
+    qkv_projection, _, prepare, *_ = _rows(_PROJECTED_TABLE, max(32, num_channels), dtype, target)
+    return ProjectionConfigs(qkv_projection, prepare, _configs(num_channels, dtype, target)[-1])
 
 
 @functools.cache
@@ -266,9 +285,10 @@ _TABLE["blackwell", "half"] = _TABLE["hopper", "half"] | {
     256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
 }
 _TABLE["blackwell", "tf32"] = _TABLE["hopper", "tf32"] | {
-    128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (64, 32, ALL, 32, 4, 2)),
+    128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2),
+          (64, 32, ALL, 32, 4, 2, 255)),
     256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
-}
+}  # fmt: skip
 _TABLE["blackwell", "fp32"] = _TABLE["hopper", "fp32"] | {
     64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1),
          (64, 32, ALL, 32, 4, 2, 255)),
@@ -310,7 +330,7 @@ _PROJECTED_TABLE: _Table = {
     },
     ("ampere", "tf32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1),
+        64: ((64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1),
              (64, 32, ALL, 16, 8, 2), (32, 32, 32, 16, 8, 1)),
         128: ((64, 64, ALL, 16, 4, 1), (32, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1),
               (32, 64, 64, 16, 8, 1, 255), (16, 32, 64, 16, 8, 1)),
@@ -318,10 +338,11 @@ _PROJECTED_TABLE: _Table = {
               (16, 16, 64, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
     },
     ("ampere", "fp32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
+        32: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1, 255),
+             (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
         64: ((64, 64, ALL, 16, 4, 1), (32, 32, 32, 16, 8, 1), (32, 64, ALL, 16, 8, 1, 255),
              (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255)),
-        128: ((32, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (64, 64, ALL, 16, 8, 1),
+        128: ((32, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (32, 64, ALL, 16, 4, 1),
               (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
         256: ((32, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
              (16, 32, 16, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),

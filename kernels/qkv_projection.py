@@ -1,4 +1,4 @@
-"""Queries, keys and values as 1×1 convolutions of a map, any of the three in one pass over it."""
+"""Queries, keys and values as 1×1 convolutions of a map, any of the three in one pass over it, and the gradient that all three return."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
-from .primitives import load_tile, locate, project_tile, tile_offsets
+from .primitives import load_tile, locate, project_back, project_tile, store_tile, tile_offsets
 
 
 class Projection(NamedTuple):
-    """`factor · (W x + b)`: weight (D, C), contiguous, bias (D) or None, factor a number or None."""
+    """`factor · (W x + b)`: weight (D, C), bias (D), or (N, D) with one for each map, or None, factor a number or None. Contiguous."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -21,9 +21,9 @@ class Projection(NamedTuple):
 @triton.jit
 def qkv_projection_kernel(
     x_ptr, stride_xn, stride_xc, stride_xl,
-    w_q_ptr, b_q_ptr, factor_q, q_ptr, stride_qn, stride_qc, stride_ql,
-    w_k_ptr, b_k_ptr, factor_k, k_ptr, stride_kn, stride_kc, stride_kl,
-    w_v_ptr, b_v_ptr, factor_v, v_ptr, stride_vn, stride_vc, stride_vl,
+    w_q_ptr, b_q_ptr, stride_bqn, factor_q, q_ptr, stride_qn, stride_qc, stride_ql,
+    w_k_ptr, b_k_ptr, stride_bkn, factor_k, k_ptr, stride_kn, stride_kc, stride_kl,
+    w_v_ptr, b_v_ptr, stride_bvn, factor_v, v_ptr, stride_vn, stride_vc, stride_vl,
     num_tokens,
     C: tl.constexpr, D_Q: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -31,24 +31,30 @@ def qkv_projection_kernel(
 ):  # fmt: skip
     """One program projects BLOCK_L tokens of one map, of which it reads its tile once.
 
-    x_ptr (N, C, L); for each of q, k and v: weight (D, C), bias (D) or None, factor or None, and what is written (N, D, L),
-    or None where it is not wanted, and then D is 0.
+    x_ptr (N, C, L); for each of q, k and v: weight (D, C), bias (D), (N, D) or None, factor or None, and what is written
+    (N, D, L), or None where it is not wanted, and then D is 0.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
     offs_c = tl.arange(0, BLOCK_C)
     offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     x = load_tile(x_ptr + n * stride_xn, tile_offsets(offs_c, offs_l, stride_xc, stride_xl), offs_c, offs_l, C, num_tokens, True)
     if q_ptr is not None:
+        if b_q_ptr is not None:
+            b_q_ptr += n * stride_bqn
         project_tile(
             x, w_q_ptr, b_q_ptr, factor_q, q_ptr + n * stride_qn, stride_qc, stride_ql, offs_c, offs_l, num_tokens,
             C, D_Q, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
     if k_ptr is not None:
+        if b_k_ptr is not None:
+            b_k_ptr += n * stride_bkn
         project_tile(
             x, w_k_ptr, b_k_ptr, factor_k, k_ptr + n * stride_kn, stride_kc, stride_kl, offs_c, offs_l, num_tokens,
             C, D_K, BLOCK_R, INPUT_PRECISION,
         )  # fmt: skip
     if v_ptr is not None:
+        if b_v_ptr is not None:
+            b_v_ptr += n * stride_bvn
         project_tile(
             x, w_v_ptr, b_v_ptr, factor_v, v_ptr + n * stride_vn, stride_vc, stride_vl, offs_c, offs_l, num_tokens,
             C, D_V, BLOCK_R, INPUT_PRECISION,
@@ -69,7 +75,9 @@ def qkv_projection(
     out_q, out_k, out_v = (x.new_empty((num_maps, d, num_tokens)) if d else None for d in rows)
     arguments: list[torch.Tensor | float | None] = []
     for projection, out in ((q, out_q), (k, out_k), (v, out_v)):
-        arguments += [*(projection or (None, None, None)), out, *((0, 0, 0) if out is None else out.stride())]
+        weight, bias, factor = projection or (None, None, None)
+        arguments += [weight, bias, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, factor]
+        arguments += [out, *((0, 0, 0) if out is None else out.stride())]
     qkv_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         *arguments,
@@ -79,3 +87,62 @@ def qkv_projection(
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return out_q, out_k, out_v
+
+
+@triton.jit
+def qkv_projection_backward_kernel(
+    d_q_ptr, stride_qn, stride_qc, stride_ql, w_q_ptr,
+    d_k_ptr, stride_kn, stride_kc, stride_kl, w_k_ptr,
+    d_v_ptr, stride_vn, stride_vc, stride_vl, w_v_ptr,
+    d_x_ptr, stride_dn, stride_dc, stride_dl,
+    num_tokens,
+    C: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes `W_qᵀ dq + W_kᵀ dk + W_vᵀ dv` of BLOCK_L tokens of one map, rounded once.
+
+    d_q_ptr, d_k_ptr (N, D_QK, L); d_v_ptr (N, D_V, L); w_q_ptr, w_k_ptr (D_QK, C); w_v_ptr (D_V, C); d_x_ptr (N, C, L).
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    d_x = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    d_x = project_back(
+        d_x, d_q_ptr + n * stride_qn, stride_qc, stride_ql, w_q_ptr, offs_c, offs_l, num_tokens, C, D_QK, BLOCK_R, INPUT_PRECISION
+    )
+    d_x = project_back(
+        d_x, d_k_ptr + n * stride_kn, stride_kc, stride_kl, w_k_ptr, offs_c, offs_l, num_tokens, C, D_QK, BLOCK_R, INPUT_PRECISION
+    )
+    d_x = project_back(
+        d_x, d_v_ptr + n * stride_vn, stride_vc, stride_vl, w_v_ptr, offs_c, offs_l, num_tokens, C, D_V, BLOCK_R, INPUT_PRECISION
+    )
+    store_tile(d_x_ptr, n * stride_dn + tile_offsets(offs_c, offs_l, stride_dc, stride_dl), tl.trans(d_x), offs_c, offs_l, C, num_tokens)
+
+
+def qkv_projection_backward(
+    d_q: torch.Tensor,
+    d_k: torch.Tensor,
+    d_v: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    d_x: torch.Tensor,
+    *,
+    config: LaunchConfig,
+) -> None:
+    """Fills `d_x` (N, C, L) with the gradient that projections without factors hand back.
+
+    d_q, d_k (N, E, L) and d_v (N, V, L), any strides; w_q, w_k (E, C) and w_v (V, C), contiguous.
+    """
+    num_maps, num_channels, num_tokens = d_x.shape
+    qkv_projection_backward_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+        d_q, *d_q.stride(), w_q,
+        d_k, *d_k.stride(), w_k,
+        d_v, *d_v.stride(), w_v,
+        d_x, *d_x.stride(),
+        num_tokens,
+        C=num_channels, D_QK=d_q.shape[1], D_V=d_v.shape[1],
+        BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from visattn import autograd, device, functional, reference, token_attention, use_backend
+from visattn import autograd, device, functional, projected_tokens, reference, token_attention, use_backend
 
 RMS_FLOOR = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 R_FORWARD, R_GRADIENT = 2.0, 3.0
@@ -134,7 +134,7 @@ def poisoned_memory() -> Iterator[None]:
 def recorded_backends() -> Iterator[list[str]]:
     """The names of the backends that really ran within the block."""
     ran: list[str] = []
-    original, on_tokens = autograd.implementation, token_attention.implementation
+    original, on_tokens, of_maps = autograd.implementation, token_attention.implementation, projected_tokens.implementation
 
     def record(settings: autograd.Settings) -> object:
         ran.append(settings.backend)
@@ -144,7 +144,15 @@ def recorded_backends() -> Iterator[list[str]]:
         ran.append(backend)
         return on_tokens(backend)
 
-    with mock.patch.object(autograd, "implementation", record), mock.patch.object(token_attention, "implementation", record_on_tokens):
+    def record_of_maps() -> object:
+        ran.append("triton")
+        return of_maps()
+
+    with (
+        mock.patch.object(autograd, "implementation", record),
+        mock.patch.object(token_attention, "implementation", record_on_tokens),
+        mock.patch.object(projected_tokens, "implementation", record_of_maps),
+    ):
         yield ran
 
 

@@ -11,7 +11,7 @@ from .conftest import INTERPRETING
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, token_launches
+from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, projection_launches, token_launches
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
 PRECISIONS = {
@@ -36,6 +36,7 @@ PROJECTED_KERNELS = [
     "token_moments_kernel",
     "token_moments_kernel",
 ]
+PROJECTION_KERNELS = ["qkv_projection_kernel", "qkv_projection_backward_kernel", "token_moments_kernel", "token_moments_kernel"]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", "key_value_gradient_kernel", "token_moments_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
@@ -64,6 +65,14 @@ def check_tokens(
     shape = (qk_channels, value_channels, queries, keys)
     launches = token_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
     assert [launch.name for launch in launches] == TOKEN_KERNELS
+    check_launches(launches, DEVICES[name])
+
+
+def check_projections(name: str, precision: str, channels: int, qk_channels: int, value_channels: int, *, channels_last: bool) -> None:
+    dtype, highest = PRECISIONS[precision]
+    shape = (channels, qk_channels, value_channels)
+    launches = projection_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
+    assert [launch.name for launch in launches] == PROJECTION_KERNELS
     check_launches(launches, DEVICES[name])
 
 
@@ -125,6 +134,13 @@ def test_narrow_queries(name, precision, channels, qk_channels):
 )
 def test_tokens(name, precision, widths, lengths):
     check_tokens(name, precision, *widths, *lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "widths", "channels_last"), [("sm_90", "bf16", (64, 64, 64), False), ("sm_86", "fp32 high", (64, 8, 32), True)]
+)
+def test_projections(name, precision, widths, channels_last):
+    check_projections(name, precision, *widths, channels_last=channels_last)
 
 
 @pytest.mark.full
@@ -193,3 +209,15 @@ def test_every_configuration_of_tokens(name, precision, channels, channels_last)
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_tokens_with_wide_values(name, precision, widths):
     check_tokens(name, precision, *widths, 1024, 256)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize(
+    "widths", [(16, 16, 16), (32, 32, 32), (64, 64, 64), (64, 8, 32), (128, 128, 128), (96, 512, 512), (256, 256, 256)]
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_projections(name, precision, widths, channels_last):
+    check_projections(name, precision, *widths, channels_last=channels_last)

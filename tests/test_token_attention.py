@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import visattn
-from visattn import block, functional, ops, reference, token_attention, use_backend
+from visattn import block, functional, ops, projected_tokens, reference, token_attention, use_backend
 
 from .conftest import HAS_GPU
 from .general_problems import BLOCKS, Block, make_problem, run, truth_of
@@ -166,11 +166,11 @@ class TestSelection:
     @pytest.mark.parametrize("name", BLOCKS)
     def test_attention_on_tokens_runs_where_the_form_says_so(self, name, monkeypatch):
         problem, ran = make_problem(BLOCKS[name], torch.float32, maps=1, size=(2, 2)).to(PLACE), []
-        attend = token_attention.implementation
-        monkeypatch.setattr(token_attention, "implementation", lambda backend: ran.append(backend) or attend(backend))
+        attend = projected_tokens.implementation
+        monkeypatch.setattr(projected_tokens, "implementation", lambda: ran.append(name) or attend())
         with use_backend("triton"):
             problem.call(functional.self_attention_2d, problem.tensors)
-        assert ran == ["triton"] * (name in ON_TOKENS)
+        assert ran == [name] * (name in ON_TOKENS)
 
     def test_widths_are_padded_as_the_kernels_pad_them(self):
         from visattn.kernels.launch_config import block_channels

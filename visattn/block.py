@@ -3,8 +3,8 @@
 The block is `res_scale · (x + γ (W_o Attention(q, k, v) + b_o))` with `q = W_q h + b_q`, `k = pool(W_k h + b_k)`,
 `v = pool(W_v h + b_v)` and h the normalised map. It takes one of two forms. "folded": one head attends to every pixel, so that
 neither keys nor values need exist, and `W_o W_v` and `W_o b_v + b_o` serve the plain layer as the weights of its values.
-"projected": queries, keys and values exist, and attention runs on them as tokens; the projections are ordinary convolutions on
-both backends, which autograd derives.
+"projected": queries, keys and values exist, and attention runs on them as tokens (projected_tokens.py). As steps, the projections
+are ordinary convolutions, which autograd derives.
 """
 
 from collections.abc import Callable

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import autograd, block, channel, dispatch, query_normalized, token_attention, validation
+from . import autograd, block, channel, dispatch, projected_tokens, query_normalized, validation
 from .device import autocast_is_enabled
 from .folding import Weights
 from .normalization import GroupNorm, normalized
@@ -155,8 +155,8 @@ def _block(
             )  # fmt: skip
             residual = residual and not added_inside
         else:
-            q, k, v = block.queries_keys_values(h, weights, num_heads, pool)
-            y = _attend(q, k, v, weights.b_k, q.shape[1] ** -0.5 if scale is None else float(scale), selected)
+            factor = (weights.w_q.shape[0] // num_heads) ** -0.5 if scale is None else float(scale)
+            y = projected_tokens.attend(h, weights, num_heads, pool, factor, selected)
             out = block.branch_of(y, weights, num_heads, x.shape)
         return block.joined(x, out, residual, res_scale)
 
@@ -171,15 +171,6 @@ def _form_and_backend(h: Tensor, weights: block.Weights, num_heads: int, pool: i
     else:
         selected = dispatch.select_backend(h, qk_channels // num_heads, backend, "tokens", values // num_heads)
     return form if selected == "triton" else block.form_of(*shape).name, selected
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> Tensor:
-    """Attention on tokens, eagerly or as an op where a compiler or `torch.jit.trace` is looking."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        from . import ops
-
-        return ops.token_attention(q, k, v, b_k, scale, backend)[0]
-    return token_attention.TokenAttention.apply(q, k, v, b_k, scale, backend)[0]
 
 
 def channel_attention(

@@ -1,4 +1,4 @@
-"""How maps lie in memory: the one rule for the layout of what the layer returns."""
+"""How tensors lie in memory: the one rule for the layout of what the layer returns, and what kernels ask of what they read."""
 
 import torch
 
@@ -15,3 +15,13 @@ def empty_map_like(x: torch.Tensor) -> torch.Tensor:
     Either way its pixels merge into tokens without a copy, so that `flatten(2)` is a view (N, C, H·W).
     """
     return torch.empty_like(x, memory_format=memory_format_of(x))
+
+
+def in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """With its numbers in memory, where kernels read them: the imaginary part of a conjugate is negated by whoever reads it."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def contiguous(weight: torch.Tensor) -> torch.Tensor:
+    """The same, and one row after the other."""
+    return in_memory(weight).contiguous()

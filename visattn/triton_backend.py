@@ -13,12 +13,12 @@ from torch import Tensor
 from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
 from .folding import Moments, Weights
-from .layout import empty_map_like
+from .layout import contiguous, empty_map_like, in_memory
 
 
 def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
-    x = _in_memory(x)
+    x = in_memory(x)
     maps, channels, height, width = x.shape
     if channels > kernels.FUSED_CHANNELS:
         return wide_triton_backend.forward(x, weights, scale, residual, save)
@@ -30,7 +30,7 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
     y = torch.empty_like(out_tokens) if save or config.steps_over_channels(channels) else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
     if maps:
-        tokens, weights = x.flatten(2), weights.map(_contiguous)
+        tokens, weights = x.flatten(2), weights.map(contiguous)
         with on_device_of(x):
             if projected:
                 q, k = _queries_and_keys(tokens, weights, scale, projected)
@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor | None, Moments | None]:
     """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
     assert lse is not None
-    x, d_out = _in_memory(x), _in_memory(d_out)
+    x, d_out = in_memory(x), in_memory(d_out)
     channels, target = x.shape[1], kernel_target(x.device)
     d_x = empty_map_like(x) if need_x else None
     if not x.numel():
@@ -67,7 +67,7 @@ def backward(
 
     configs = kernels.backward_configs(channels, x.dtype, target)
     tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
-    weights = weights.map(_contiguous)
+    weights = weights.map(contiguous)
     w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
         d_k = None
@@ -92,15 +92,6 @@ def backward(
         # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
         key = torch.addr(key, key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
     return d_x, Moments(query, query_total, value, value_total, key)
-
-
-def _in_memory(tensor: Tensor) -> Tensor:
-    """With its numbers in memory, where kernels read them: the imaginary part of a conjugate is negated by whoever reads it."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
-
-
-def _contiguous(weight: Tensor) -> Tensor:
-    return weight.resolve_neg().contiguous() if weight.is_neg() else weight.contiguous()
 
 
 def _projects_keys(weights: Weights, channels: int) -> bool:

@@ -25,6 +25,7 @@ WIDE = ACCUMULATES + "[triton-(2, 320, 5, 7)-40-peaked-0.0-torch.float16]"
 WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-3.0-torch.float16]"
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
+PROJECTED = "tests/test_projected_tokens.py"
 REFUSED = "tests/test_validation.py::test_inputs"
 
 
@@ -141,7 +142,7 @@ WIDE_MAPS = [
            "(tokens, folded_queries(weights, scale * LOG2E, tokens), y", "(tokens, folded_queries(weights, scale, tokens), y", WIDE, True),
     Mutant("gradient of a wide map passed along without a residual", "visattn/wide_triton_backend.py",
            "            if residual:\n", "            if True:\n", WIDE, True),
-    Mutant("numbers read as they lie where they are negated", "visattn/triton_backend.py",
+    Mutant("numbers read as they lie where they are negated", "visattn/layout.py",
            "return tensor.resolve_neg() if tensor.is_neg() else tensor", "return tensor",
            "tests/test_layouts.py::test_layouts_with_narrow_queries[triton-lazily_negated-contiguous]", True),
 ]  # fmt: skip
@@ -151,6 +152,17 @@ LAUNCHERS = [
            TOKENS + "::TestKernels::test_lse_is_that_of_the_logits_with_centred_keys", True),
     Mutant("gradient of W_k meets the mean of the map", "visattn/triton_backend.py", "alpha=-1)", "alpha=0)",
            MEAN + "[triton-8]", True),
+    Mutant("gradient of W_k meets the mean of a map whose keys are projected", "visattn/triton_projected_tokens.py",
+           "alpha=-1)", "alpha=0)", PROJECTED + "::test_rounding_of_the_keys_gradient_does_not_meet_a_large_mean", True),
+    Mutant("values of a map with twice its mean", "visattn/triton_projected_tokens.py",
+           "kernels.Projection(w_v, -v_mean)", "kernels.Projection(w_v, v_mean)", PROJECTED + "::test_blocks", True),
+    Mutant("offset of the first map for all", "kernels/qkv_projection.py",
+           "bias.stride(0) if bias is not None and bias.dim() == 2 else 0", "0", PROJECTED + "::test_maps_do_not_see_each_other", True),
+    Mutant("gradient of the keys not handed back", "kernels/qkv_projection.py",
+           "d_k_ptr + n * stride_kn, stride_kc, stride_kl, w_k_ptr", "d_q_ptr + n * stride_qn, stride_qc, stride_ql, w_k_ptr",
+           PROJECTED + "::test_blocks", True),
+    Mutant("hooks of a weight run twice", "visattn/projected_tokens.py",
+           "t if t is None or not need else t.view_as(t)", "t", PROJECTED + "::test_hooks_run_once", True),
     Mutant("bfloat16 in the interpreter", "visattn/dispatch.py", "if interpreting and x.dtype == torch.bfloat16:", "if False:",
            "tests/test_dispatch.py::test_bfloat16_is_refused_in_the_interpreter", True),
 ]  # fmt: skip

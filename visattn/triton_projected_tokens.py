@@ -1,0 +1,121 @@
+"""Attention on the queries, keys and values of a map on the kernels: they project the map, attend, and take both back.
+
+Queries, keys and values are projected again in the backward pass, so that nothing but y and a number for each row is kept. Keys and
+values are computed less `W h̄`, h̄ being the map's mean: a vector that softmax drops, and one that is added to y again.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from . import kernels
+from .device import kernel_target, on_device_of
+from .layout import contiguous, empty_map_like, in_memory
+
+
+class _Operands(NamedTuple):
+    """Of a map (N, C, L), its mean being (N, C): what attention on tokens takes, the heads side by side.
+
+    q (N, E, L) times scale and log2(e), k (N, E, K) and v (N, V, K) less vectors of each map, that of v being c (N, V), contiguous.
+    k_index, v_index: where the maxima of windows lie among the L tokens; None where nothing is pooled, and K = L.
+    """
+
+    tokens: Tensor
+    mean: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    c: Tensor
+    k_index: Tensor | None
+    v_index: Tensor | None
+
+
+def forward(
+    h: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, num_heads: int, pool: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`(y, lse)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with keys less `W_k h̄`."""
+    maps, _, height, width = h.shape
+    y = h.new_empty((maps * num_heads, w_v.shape[0] // num_heads, height * width))
+    lse = h.new_empty((maps * num_heads, height * width), dtype=torch.float32)
+    if maps:
+        with on_device_of(h):
+            operands = _operands(h, w_q, w_k, w_v, b_q, pool, scale)
+            q, k, v, c = (_heads(t, num_heads) for t in operands[2:6])
+            config = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, kernel_target(h.device)).forward
+            kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
+    return y, lse
+
+
+def backward(
+    d_y: Tensor,
+    h: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    pool: int,
+    scale: float,
+) -> list[Tensor | None]:
+    """The gradients of h, w_q, w_k, w_v and b_q, each in the shape and dtype of its own; y and lse as `forward` gave them."""
+    d_h = empty_map_like(h)
+    if not h.numel():
+        return [d_h, *(None if w is None else torch.zeros_like(w) for w in (w_q, w_k, w_v, b_q))]
+    target = kernel_target(h.device)
+    with on_device_of(h):
+        tokens, mean, *operands, k_index, v_index = _operands(h, w_q, w_k, w_v, b_q, pool, scale)
+        q, k, v, c = (_heads(t, num_heads) for t in operands)
+        d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
+        configs = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, target)
+        kernels.token_attention_backward(q, k, v, c, in_memory(d_y), y, lse, d_q, d_k, d_v, scale=scale, configs=configs)
+        d_q, d_k, d_v = (t.reshape(len(h), -1, t.shape[2]) for t in (d_q, d_k, d_v))
+        if k_index is not None and v_index is not None:
+            d_k, d_v = (_unpooled(d, index, tokens) for d, index in ((d_k, k_index), (d_v, v_index)))
+
+        of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
+        weights = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
+        kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_h.flatten(2), config=of_projections.backward)
+        (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=of_projections.token_moments)
+        (value,), _ = kernels.token_moments(d_v, tokens, config=of_projections.token_moments)
+    # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
+    key = torch.addr(key, key_total, mean.mean(0, dtype=torch.float32), alpha=-1)
+    gradients = [g.to(w.dtype).view_as(w) for g, w in ((query, w_q), (key, w_k), (value, w_v))]
+    return [d_h, *gradients, None if b_q is None else query_total.to(b_q.dtype)]
+
+
+def _operands(h: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, pool: int, scale: float) -> _Operands:
+    tokens = in_memory(h).flatten(2)
+    w_q, w_k, w_v = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
+    queries = kernels.Projection(w_q, None if b_q is None else contiguous(b_q), scale * math.log2(math.e))
+    config = kernels.projection_configs(h.shape[1], h.dtype, kernel_target(h.device)).qkv_projection
+    mean = tokens.mean(2)
+    if pool == 1:
+        k_mean, v_mean = (contiguous(mean @ w.mT) for w in (w_k, w_v))  # of maps in strange strides they need not be
+        keys, values = kernels.Projection(w_k, -k_mean), kernels.Projection(w_v, -v_mean)
+        q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, config=config))
+        return _Operands(tokens, mean, q, k, v, v_mean, None, None)
+    q, k, v = _present(kernels.qkv_projection(tokens, queries, kernels.Projection(w_k), kernels.Projection(w_v), config=config))
+    (k, k_index), (v, v_index) = (
+        [t.flatten(2) for t in max_pool2d(m.unflatten(2, h.shape[2:]), pool, return_indices=True)] for m in (k, v)
+    )
+    k_mean, v_mean = (t.mean(2, keepdim=True) for t in (k, v))  # that of maxima is not that of what they were chosen from
+    return _Operands(tokens, mean, q, k - k_mean, v - v_mean, contiguous(v_mean[:, :, 0]), k_index, v_index)
+
+
+def _present(projections: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(t for t in projections if t is not None)
+
+
+def _unpooled(d: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient of all tokens (N, E, L) from that of maxima (N, E, K), whose windows do not overlap."""
+    return d.new_zeros((*d.shape[:2], tokens.shape[2])).scatter_(2, index, d)
+
+
+def _heads(t: Tensor, num_heads: int) -> Tensor:
+    """(N, heads · D, …), contiguous, as one head after the other, (N·heads, D, …)."""
+    return t if num_heads == 1 else t.reshape(t.shape[0] * num_heads, t.shape[1] // num_heads, *t.shape[2:])
