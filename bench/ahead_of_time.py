@@ -136,23 +136,25 @@ def layer_launches(
     qk_channels: int | None = None,
     highest: bool = True,
     channels_last: bool = False,
+    maps: int = 128,
 ) -> list[Launch]:
-    """Every launch of one forward and backward pass of the layer, with biases, γ and residual, on a map of `tokens` pixels.
+    """Every launch of one forward and backward pass of the layer, with biases, γ and residual, on maps of `tokens` pixels.
 
-    Queries and keys are as wide as the map, or of `qk_channels`; the form of the kernels is the one that the layer would take.
+    So many maps that none has its keys split among programs, unless `maps` is small. Queries and keys are as wide as the map, or of
+    `qk_channels`; the form of the kernels is the one that the layer would take.
     """
 
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
     def new_map() -> torch.Tensor:
-        return empty(2, tokens, channels).transpose(1, 2) if channels_last else empty(2, channels, tokens)
+        return empty(maps, tokens, channels).transpose(1, 2) if channels_last else empty(maps, channels, tokens)
 
     target = device.kernel_target(highest)
     width = qk_channels or channels
     x, d_out, y, out, d_x = (new_map() for _ in range(5))
     w_q, w_k, w_v = empty(width, channels), empty(width, channels), empty(channels, channels)
-    b_q, b_v, gamma, lse = empty(width), empty(channels), empty(1), empty(2, tokens, of=torch.float32)
+    b_q, b_v, gamma, lse = empty(width), empty(channels), empty(1), empty(maps, tokens, of=torch.float32)
     with caught_launches() as launches:
         if channels > kernels.FUSED_CHANNELS:
             wide, u, d_y = kernels.wide_configs(dtype, target), new_map(), new_map()

@@ -12,6 +12,15 @@ FUSED_CHANNELS = 256
 """The widest map whose projections are part of the kernels, and the channels that one program accumulates where a map is wider."""
 
 
+MERGE_TILE = 32
+"""Channels, and tokens, of one program that merges what splits of the keys have found."""
+MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+FILLS_A_CHIP = 128
+"""So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
+depend on it."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What the choice of block sizes depends on besides the problem.
@@ -114,6 +123,14 @@ def block_channels(num_channels: int) -> int:
 def num_tiles(length: int, block: int) -> int:
     """Tiles of `block` that cover `length`. `triton.cdiv` is the same, and takes microseconds of every launch."""
     return -(-length // block)
+
+
+@functools.cache
+def key_splits(programs: int, num_tokens: int, config: LaunchConfig) -> tuple[int, int]:
+    """`(splits, keys of each)` where so many programs would go through all keys: as many as a chip takes, with four steps at least."""
+    steps = num_tiles(num_tokens, config.block_n)
+    keys = num_tiles(steps, max(1, min(FILLS_A_CHIP // programs, steps // 4))) * config.block_n
+    return num_tiles(num_tokens, keys), keys
 
 
 @functools.cache
@@ -223,7 +240,7 @@ _TABLE: _Table = {
         256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
     },
     ("hopper", "fp32"): {
-        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
+        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 32, ALL, 32, 4, 2)),
         32: ((64, 32, ALL, 16, 4, 2, 255), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 1),
              (32, 64, ALL, 16, 4, 2, 255), (32, 32, ALL, 32, 4, 2, 255)),
         64: ((64, 64, 32, 16, 4, 1, 255), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 4, 1, 255),

@@ -7,6 +7,9 @@ for the key and value gradient, for which the kernel of that file serves.
 
 A program owns BLOCK_C channels of what it accumulates. Those that share a tile of tokens each compute its weights, from all channels:
 two accumulators of 256 channels would not fit into registers, and handing weights over would mean writing them.
+
+Where a few maps make too few programs to fill a chip, the forward pass splits the keys among programs. Each attends to its own keys, and
+what they find is merged in a fixed order: `y = Σ_s w_s y_s / Σ_s w_s` with `w_s = exp2(lse_s)`.
 """
 
 import torch
@@ -15,7 +18,7 @@ import triton.language as tl
 
 from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
 from .attention_forward import attend_keys
-from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles
+from .launch_config import FUSED_CHANNELS, MERGE_OPTIONS, MERGE_TILE, LaunchConfig, key_splits, num_tiles
 from .primitives import load_tile, locate, store_tile, tile_offsets
 
 
@@ -25,46 +28,89 @@ def wide_attention_forward_kernel(
     u_ptr, stride_un, stride_uc, stride_ul,
     y_ptr, stride_yn, stride_yc, stride_yl,
     lse_ptr,
-    num_tokens,
+    num_tokens, splits, keys_per_split,
     C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_C channels of y for BLOCK_M query tokens of one map. Queries hold scale and log2(e).
+    """One program computes BLOCK_C channels of y for BLOCK_M query tokens and one split of the keys of one map.
 
-    x_ptr, u_ptr, y_ptr (N, C, L); lse_ptr (N, L) fp32, the base-2 log-sum-exp of the logits.
+    Queries hold scale and log2(e). x_ptr, u_ptr (N, C, L); y_ptr (N · splits, C, L); lse_ptr (N · splits, L) fp32, the base-2
+    log-sum-exp of the logits. Split s of a map has the keys from s · keys_per_split on.
     """
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    n, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
+    row, tile = locate(tl.cdiv(num_tokens, BLOCK_M) * parts)
+    n, first_key = row // splits, (row % splits).to(tl.int32) * keys_per_split
+    num_keys = tl.minimum(keys_per_split, num_tokens - first_key)
     part = tile % parts
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_ptr += n * stride_xn
+    x_ptr += n * stride_xn + tl.cast(first_key, tl.int64) * stride_xl
     u_ptr += n * stride_un
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     offs_n = tl.arange(0, BLOCK_N)
-    full_tokens = num_tokens // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_tokens, BLOCK_N):
+    full_keys = num_keys // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_keys, BLOCK_N):
         keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
             acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
             keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
         )  # fmt: skip
-    if full_tokens < num_tokens:
-        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
+    if full_keys < num_keys:
+        keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
             acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
 
     y = (acc / l_i[:, None]).to(y_ptr.dtype.element_ty)
-    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+    y_offsets = row * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
     store_tile(y_ptr, y_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
     if part == 0:
-        tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
+        tl.store(lse_ptr + row * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
+
+
+@triton.jit
+def merge_splits_kernel(
+    split_y_ptr, stride_sn, stride_sc, stride_sl,
+    split_lse_ptr,
+    y_ptr, stride_yn, stride_yc, stride_yl,
+    lse_ptr,
+    num_tokens, splits,
+    C: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program merges BLOCK_C channels of BLOCK_L tokens of one map.
+
+    split_y_ptr (N · splits, C, L) fp32; split_lse_ptr (N · splits, L) fp32, base 2; y_ptr (N, C, L); lse_ptr (N, L) fp32.
+    """
+    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L) * parts)
+    part = tile % parts
+    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_l = tile // parts * BLOCK_L + tl.arange(0, BLOCK_L)
+    split_offsets = tile_offsets(offs_c, offs_l, stride_sc, stride_sl)
+    inside = offs_l < num_tokens
+
+    acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    highest = tl.full((BLOCK_L,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_L,), tl.float32)
+    for split in range(splits):
+        row = n * splits + split
+        lse = tl.load(split_lse_ptr + row * num_tokens + offs_l, mask=inside, other=0.0)
+        y = load_tile(split_y_ptr, row * stride_sn + split_offsets, offs_c, offs_l, C, num_tokens, True)
+        new_highest = tl.maximum(highest, lse)
+        weight, alpha = tl.exp2(lse - new_highest), tl.exp2(highest - new_highest)
+        acc = acc * alpha[None, :] + y * weight[None, :]
+        total = total * alpha + weight
+        highest = new_highest
+    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_l, stride_yc, stride_yl)
+    store_tile(y_ptr, y_offsets, acc / total[None, :], offs_c, offs_l, C, num_tokens)
+    if part == 0:
+        tl.store(lse_ptr + n * num_tokens + offs_l, highest + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -130,14 +176,36 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
 
     x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
     """
-    wide_attention_forward_kernel[_grid(x, config.block_m)](
+    (programs,), (num_maps, num_channels, num_tokens) = _grid(x, config.block_m), x.shape
+    splits, keys_per_split = key_splits(programs, num_tokens, config)
+    split_y, split_lse = y, lse
+    if splits > 1:
+        split_y, split_lse = _empty_in_order_of(y, num_maps * splits), lse.new_empty((num_maps * splits, num_tokens))
+    wide_attention_forward_kernel[(programs * splits,)](
         x, *x.stride(),
         u, *u.stride(),
-        y, *y.stride(),
-        lse,
-        x.shape[2],
+        split_y, *split_y.stride(),
+        split_lse,
+        num_tokens, splits, keys_per_split,
         **_blocks(x, config), **config.options,
     )  # fmt: skip
+    if splits > 1:
+        merge_splits_kernel[(num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),)](
+            split_y, *split_y.stride(),
+            split_lse,
+            y, *y.stride(),
+            lse,
+            num_tokens, splits,
+            C=num_channels, BLOCK_L=MERGE_TILE, BLOCK_C=MERGE_TILE, **MERGE_OPTIONS,
+        )  # fmt: skip
+
+
+def _empty_in_order_of(y: torch.Tensor, rows: int) -> torch.Tensor:
+    """(rows, C, L) in fp32, dense, with channels or tokens side by side as in y (N, C, L)."""
+    _, channels, length = y.shape
+    shape = (rows, length, channels) if y.stride(1) == 1 else (rows, channels, length)
+    empty = torch.empty(shape, dtype=torch.float32, device=y.device)
+    return empty.mT if y.stride(1) == 1 else empty
 
 
 def wide_query_gradient(

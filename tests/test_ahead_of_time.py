@@ -38,6 +38,7 @@ PROJECTED_KERNELS = [
 ]
 PROJECTION_KERNELS = ["qkv_projection_kernel", "qkv_projection_backward_kernel", "token_moments_kernel", "token_moments_kernel"]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", "key_value_gradient_kernel", "token_moments_kernel"]
+SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
 
@@ -50,10 +51,13 @@ def check(
     kernels: list[str] = KERNELS,
     tokens: int = 1024,
     channels_last: bool = False,
+    maps: int = 128,
 ) -> None:
     device = DEVICES[name]
     dtype, highest = PRECISIONS[precision]
-    launches = layer_launches(device, dtype, channels, tokens, qk_channels=qk_channels, highest=highest, channels_last=channels_last)
+    launches = layer_launches(
+        device, dtype, channels, tokens, qk_channels=qk_channels, highest=highest, channels_last=channels_last, maps=maps
+    )
     assert [launch.name for launch in launches] == kernels
     check_launches(launches, device)
 
@@ -86,7 +90,7 @@ def check_launches(launches, device) -> None:
             problems.append(
                 f"{launch.name} takes {compiled.shared_memory} bytes of shared memory, {device.name} has {device.shared_memory}"
             )
-        if not compiled.has_matrix_instructions:
+        if "INPUT_PRECISION" in launch.arguments and not compiled.has_matrix_instructions:
             problems.append(f"{launch.name} has no matrix instruction")
     assert not problems, "\n".join(problems)
 
@@ -111,6 +115,10 @@ def test_channels_that_are_no_power_of_two(channels):
 @pytest.mark.parametrize(("name", "precision", "channels"), [("sm_90", "bf16", 512), ("sm_86", "fp16", 320)])
 def test_more_channels_than_one_program_accumulates(name, precision, channels):
     check(name, precision, channels, kernels=WIDE_KERNELS)
+
+
+def test_keys_split_among_programs():
+    check("sm_90", "bf16", 512, kernels=SPLIT_KERNELS, maps=1)
 
 
 def test_channels_last():
@@ -160,6 +168,7 @@ def test_every_configuration(name, precision, channels):
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_wide_maps(name, precision, channels, channels_last):
     check(name, precision, channels, kernels=WIDE_KERNELS, channels_last=channels_last)
+    check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last, maps=1)
 
 
 @pytest.mark.full

@@ -26,6 +26,7 @@ WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-3.0-torch.float16
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
 PROJECTED = "tests/test_projected_tokens.py"
+SPLITS = "tests/test_key_splits.py::TestKernels::test_lse_and_y_are_those_of_all_keys"
 REFUSED = "tests/test_validation.py::test_inputs"
 
 
@@ -138,6 +139,10 @@ WIDE_MAPS = [
                    "stride_al, stride_bl = tl.where(second, stride_cl, stride_al), tl.where",
                    "stride_al, stride_bl = stride_al, tl.where",
                    "tests/test_layouts.py::test_layouts[triton-contiguous-channels_last-torch.float32]"),
+    in_interpreter("keys of the first split for all", "wide_attention",
+                   "(row % splits).to(tl.int32) * keys_per_split", "(row % splits).to(tl.int32) * 0", SPLITS),
+    in_interpreter("splits merged without their weights", "wide_attention",
+                   "acc * alpha[None, :] + y * weight[None, :]", "acc * alpha[None, :] + y", SPLITS),
     Mutant("natural logits of a wide map under a base-2 exponential", "visattn/wide_triton_backend.py",
            "(tokens, folded_queries(weights, scale * LOG2E, tokens), y", "(tokens, folded_queries(weights, scale, tokens), y", WIDE, True),
     Mutant("gradient of a wide map passed along without a residual", "visattn/wide_triton_backend.py",

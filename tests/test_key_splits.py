@@ -1,0 +1,98 @@
+"""Keys split among programs where there are few: what is merged is what one program would have found."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from visattn.device import kernel_target
+
+from .conftest import HAS_GPU
+from .oracle import assert_correct, make_problem, make_problems
+
+kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
+launch_config = importlib.import_module("visattn.kernels.launch_config")
+wide_attention = importlib.import_module("visattn.kernels.wide_attention")
+
+PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+TARGET = launch_config.Target("hopper", "ieee")
+
+
+class TestRule:
+    CONFIG = launch_config.wide_configs(torch.float16, TARGET).forward  # 64 keys a step
+
+    @pytest.mark.parametrize(
+        ("programs", "num_tokens", "splits"),
+        [
+            (16, 1024, 4),
+            (64, 4096, 2),
+            (36, 2304, 3),
+            (2, 1, 1),
+            (1, 448, 1),
+            (1, 449, 2),
+            (100, 4096, 1),
+            (128, 10**6, 1),
+            (10**6, 10**6, 1),
+        ],
+    )
+    def test_programs_fill_a_chip_with_four_steps_at_least(self, programs, num_tokens, splits):
+        assert self.CONFIG.block_n == 64
+        found, keys = launch_config.key_splits(programs, num_tokens, self.CONFIG)
+        assert found == splits
+        assert keys % 64 == 0
+        assert (found - 1) * keys < num_tokens <= found * keys
+
+    def test_no_split_is_empty(self):
+        for steps in range(1, 200):
+            for programs in (1, 2, 3, 7, 20):
+                found, keys = launch_config.key_splits(programs, 64 * steps - 5, self.CONFIG)
+                assert (found - 1) * keys < 64 * steps - 5 <= found * keys
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_map_as_a_vae_has_it(dtype):
+    assert_correct(make_problem((1, 512, 32, 32), dtype, regime="peaked"), "triton", PLACE)
+
+
+@pytest.mark.kernels
+class TestKernels:
+    @pytest.fixture(autouse=True)
+    def _short_splits(self, monkeypatch):
+        """As many as there are steps, so that short maps will do."""
+        self.splits = []
+
+        def every_step(programs, num_tokens, config):
+            self.splits.append((launch_config.num_tiles(num_tokens, config.block_n), config.block_n))
+            return self.splits[-1]
+
+        monkeypatch.setattr(wide_attention, "key_splits", every_step)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_branch_and_gradients(self, dtype):
+        shape = (2, 260, 7, 19) if dtype == torch.float16 else (1, 260, 5, 13)  # the blocks of fp32 are small
+        assert_correct(make_problem(shape, dtype, regime="peaked"), "triton", PLACE)
+        assert self.splits[0][0] > 2
+
+    def test_channels_last(self):
+        problem = make_problem((1, 260, 7, 10), torch.float16, regime="peaked")
+        assert_correct(replace(problem, x=problem.x.contiguous(memory_format=torch.channels_last)), "triton", PLACE)
+        assert self.splits[0][0] > 1
+
+    def test_rounding_does_not_meet_a_large_mean(self):
+        assert_correct(make_problems((1, 257, 6, 12), torch.float16, mean=10.0), "triton", PLACE)
+
+    def test_lse_and_y_are_those_of_all_keys(self):
+        """Logits of one split far above those of the others, and of another far below."""
+        generator = torch.Generator().manual_seed(0)
+        x, u = (torch.randn(1, 260, 200, generator=generator).to(PLACE) for _ in range(2))
+        u *= 0.05
+        x[:, :, 70] += 30 * u[:, :, 3]
+        y, lse = torch.empty_like(x), x.new_empty(1, 200)
+        kernels.wide_attention_forward(x, u, y, lse, config=kernels.wide_configs(x.dtype, kernel_target(PLACE)).forward)
+        logits = (u.mT.double() @ x.double()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
+        torch.testing.assert_close(
+            lse.double(), logits.logsumexp(2) / torch.log(torch.tensor(2.0, dtype=torch.float64)), rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(y.double(), x.double() @ logits.softmax(2).mT, rtol=1e-5, atol=1e-5)
