@@ -3,6 +3,8 @@
 The published blocks go through it in test_token_attention.py; here is what one function has to get right that steps have for free.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from .conftest import HAS_GPU
 from .general_problems import BLOCKS, Block, make_problem, run, truth_of
 from .oracle import complaints, recorded_backends, stacked
 
+kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
 pytestmark = pytest.mark.kernels
 
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
@@ -93,6 +96,14 @@ def test_any_subset_of_inputs_may_ask_for_a_gradient(names, create_graph):
     expected = dict(zip(everything, gradients_through(problem, everything, False)[0], strict=True))
     for name, got in zip(names, gradients_through(problem, names, create_graph)[0], strict=True):
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("names", "skipped"), [(("x",), "token_moments"), (("w_q", "w_k"), "qkv_projection_backward")], ids=str)
+def test_what_nobody_asks_for_is_not_computed(names, skipped):
+    problem = make_problem(HEADS, torch.float32, maps=1, size=(3, 3)).to(PLACE)
+    with mock.patch.object(kernels, skipped) as refused:
+        gradients_through(problem, names, create_graph=False)
+    assert not refused.called
 
 
 def test_hooks_run_once():

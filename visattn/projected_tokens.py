@@ -81,8 +81,9 @@ class ProjectedTokenAttention(torch.autograd.Function):
                 gradients = _differentiable_gradients(d_y, inputs, ctx.needs_input_grad, *ctx.settings)
             else:
                 h, w_q, w_k, w_v, b_q, b_k = inputs
-                gradients = implementation().backward(d_y, h, w_q, w_k, w_v, b_q, y, lse, *ctx.settings)
-                gradients.append(None if b_k is None else torch.zeros_like(b_k))
+                need_h, *need_weights, need_b_k = ctx.needs_input_grad[:6]
+                gradients = implementation().backward(d_y, h, w_q, w_k, w_v, b_q, y, lse, *ctx.settings, need_h, any(need_weights))
+                gradients.append(torch.zeros_like(b_k) if need_b_k else None)
         return *gradients, None, None, None
 
 

@@ -61,11 +61,13 @@ def backward(
     num_heads: int,
     pool: int,
     scale: float,
+    need_h: bool,
+    need_weights: bool,
 ) -> list[Tensor | None]:
-    """The gradients of h, w_q, w_k, w_v and b_q, each in the shape and dtype of its own; y and lse as `forward` gave them."""
-    d_h = empty_map_like(h)
+    """The gradients of h, w_q, w_k, w_v and b_q, each in the shape and dtype of its own where needed; y and lse as `forward` gave them."""
+    d_h = empty_map_like(h) if need_h else None
     if not h.numel():
-        return [d_h, *(None if w is None else torch.zeros_like(w) for w in (w_q, w_k, w_v, b_q))]
+        return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q))]
     target = kernel_target(h.device)
     with on_device_of(h):
         tokens, mean, *operands, k_index, v_index = _operands(h, w_q, w_k, w_v, b_q, pool, scale)
@@ -78,8 +80,11 @@ def backward(
             d_k, d_v = (_unpooled(d, index, tokens) for d, index in ((d_k, k_index), (d_v, v_index)))
 
         of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
-        weights = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
-        kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_h.flatten(2), config=of_projections.backward)
+        if d_h is not None:
+            weights = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
+            kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_h.flatten(2), config=of_projections.backward)
+        if not need_weights:
+            return [d_h, None, None, None, None]
         (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=of_projections.token_moments)
         (value,), _ = kernels.token_moments(d_v, tokens, config=of_projections.token_moments)
     # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
