@@ -125,8 +125,8 @@ KERNELS = [
 
 WIDE_MAPS = [
     in_interpreter("parts of the channels counted as tiles of tokens", "wide_attention",
-                   "tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn\n    u_ptr += n * stride_un\n\n",
-                   "tile * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn\n    u_ptr += n * stride_un\n\n", WIDE),
+                   "tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn + tl",
+                   "tile * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn + tl", WIDE),
     in_interpreter("Δ not mended on wide maps", "wide_attention",
                    "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 257, 3, 4)-None-torch.float16]"),
     in_interpreter("what rounding leaves of Σ dS meets a wide map", "wide_attention",
