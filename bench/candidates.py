@@ -28,7 +28,7 @@ class Kernel:
     blocks: tuple[str, ...]
 
 
-# (form of the layer) → field of its configurations → kernel, in the order of a row of `_TABLE` and of `_PROJECTED_TABLE`.
+# (form of the layer) → field of its configurations → kernel, in the order of a row of `FOLDED_TABLE` and of `PROJECTED_TABLE`.
 KERNELS = {
     "folded": {
         "forward": Kernel("attention_forward_kernel", ("block_m", "block_n", "block_k")),
@@ -51,7 +51,7 @@ BY_WEIGHT = ("forward", "key_value_gradient", "query_gradient", "token_moments",
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a table: form "folded" for `_TABLE` or "narrow" for `_PROJECTED_TABLE`, a kernel, a name in `DTYPES`, channels."""
+    """One entry of a table: form "folded" for `FOLDED_TABLE` or "narrow" for `PROJECTED_TABLE`, a kernel, a name in `DTYPES`, channels."""
 
     form: str
     kernel: str
@@ -94,7 +94,7 @@ def table_row(entry: Entry, target: kernels.Target) -> dict[str, kernels.LaunchC
 def neighbours(entry: Entry, present: kernels.LaunchConfig) -> list[kernels.LaunchConfig]:
     """What differs from the present configuration in one size, then what differs in two; a size that is not read stays as it is."""
     block_c = kernels.launch_config.block_channels(entry.channels)
-    half, whole = block_c // 2, kernels.launch_config.ALL
+    half, whole = block_c // 2, kernels.block_sizes.ALL
     largest_m = block_c if entry.kernel == "token_moments" else LARGEST_BLOCK  # rows of its tiles are channels
     values: dict[str, list[Any]] = {
         "block_m": [v for v in (2 * present.block_m, present.block_m // 2) if SMALLEST_BLOCK <= v <= largest_m],
@@ -125,6 +125,6 @@ def winner(present: kernels.LaunchConfig, rounds: dict[kernels.LaunchConfig, lis
 
 def sizes_text(config: kernels.LaunchConfig) -> str:
     """As a table has it."""
-    block_k = "ALL" if config.block_k == kernels.launch_config.ALL else str(config.block_k)
+    block_k = "ALL" if config.block_k == kernels.block_sizes.ALL else str(config.block_k)
     sizes = [config.block_m, config.block_n, block_k, config.block_d, config.num_warps, config.num_stages]
     return f"({', '.join(map(str, sizes + [config.max_registers] * (config.max_registers is not None)))})"

@@ -1,6 +1,6 @@
 """What every kernel compiles to, without a GPU: registers, spills, residency, the main loop's instructions, and what bounds it.
 
-Each kernel is compiled for one target as the layer would launch it, with the block sizes of `kernels/launch_config.py`. The
+Each kernel is compiled for one target as the layer would launch it, with the block sizes of `kernels/block_sizes.py`. The
 throughput of its main loop is predicted by `bench/throughput.py`; on targets without a model only resources and counts are printed.
 """
 

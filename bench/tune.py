@@ -1,4 +1,4 @@
-"""`python -m bench tune`: block sizes by measurement, as text for `kernels/launch_config.py`, which it never edits itself.
+"""`python -m bench tune`: block sizes by measurement, as text for `kernels/block_sizes.py`, which it never edits itself.
 
 Each entry of the tables is measured by itself, the most important first, and is a row of a file as soon as it is there. Run again, it
 goes on where it was; once the proposals have been pasted, it looks at the neighbours of the new sizes.
@@ -25,7 +25,7 @@ from .trial import Gpu, Machine, Rehearsal, Trial, Verdict
 ROUNDS = 10  # of the case that ranks, an even number, so that its halves are as long
 OTHER_ROUNDS = 3
 COMPILES = 3  # of a rehearsal
-TABLES = {"folded": "_TABLE", "narrow": "_PROJECTED_TABLE"}
+TABLES = {"folded": "FOLDED_TABLE", "narrow": "PROJECTED_TABLE"}
 
 Clock = Callable[[], float]
 
@@ -191,7 +191,7 @@ def source_of_kernels() -> str:
     """A digest of all device code and its launchers, but not of the table of sizes."""
     digest = hashlib.sha256()
     for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
-        if path.name != "launch_config.py":
+        if path.name != "block_sizes.py":
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -1,20 +1,14 @@
-"""The block sizes of every kernel: the only ones in the repository, chosen by a pure function.
-
-They come from compiling for each class of devices and reading registers, spills and shared memory; none has been timed yet.
-"""
+"""How each kernel is launched: a row of block_sizes.py, chosen by pure functions of the problem and the class of device."""
 
 import functools
 from dataclasses import dataclass
 
 import torch
 
+from .block_sizes import EQUAL_WIDTHS_TABLE, FOLDED_TABLE, PROJECTED_TABLE, TF32X3_FROM, TOKEN_TABLE, WIDE_TABLE, Table
+
 FUSED_CHANNELS = 256
 """The widest map whose projections are part of the kernels, and the channels that one program accumulates where a map is wider."""
-
-
-MERGE_TILE = 32
-"""Channels, and tokens, of one program that merges what splits of the keys have found."""
-MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 FILLS_A_CHIP = 128
 """So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
@@ -160,7 +154,7 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 @functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
-    return ProjectedConfigs(*_rows(_PROJECTED_TABLE, num_channels, dtype, target))
+    return ProjectedConfigs(*_rows(PROJECTED_TABLE, num_channels, dtype, target))
 
 
 @functools.cache
@@ -169,14 +163,14 @@ def projection_configs(num_channels: int, dtype: torch.dtype, target: Target) ->
 
     What takes gradients back has the tiles of the kernel that makes the gradient of y out of that of the output.
     """
-    qkv_projection, _, prepare, *_ = _rows(_PROJECTED_TABLE, max(32, num_channels), dtype, target)
+    qkv_projection, _, prepare, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target)
     return ProjectionConfigs(qkv_projection, prepare, _configs(num_channels, dtype, target)[-1])
 
 
 @functools.cache
 def wide_configs(dtype: torch.dtype, target: Target) -> WideConfigs:
     """The configurations of the kernels for maps of 257 to 512 channels."""
-    return WideConfigs(*_rows(_WIDE_TABLE, 2 * FUSED_CHANNELS, dtype, target), *_configs(FUSED_CHANNELS, dtype, target)[-1:])
+    return WideConfigs(*_rows(WIDE_TABLE, 2 * FUSED_CHANNELS, dtype, target), *_configs(FUSED_CHANNELS, dtype, target)[-1:])
 
 
 @functools.cache
@@ -186,21 +180,21 @@ def token_configs(qk_channels: int, value_channels: int, dtype: torch.dtype, tar
     A row of the tables is for values of its width and keys of up to half of it. Values that are no wider than the keys fill one half.
     """
     block_d, block_cv = block_channels(qk_channels), block_channels(value_channels)
-    table = _EQUAL_WIDTHS_TABLE if block_cv <= block_d else _TOKEN_TABLE
+    table = EQUAL_WIDTHS_TABLE if block_cv <= block_d else TOKEN_TABLE
     return TokenConfigs(*_rows(table, max(32, 2 * block_d, block_cv), dtype, target))
 
 
 def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
-    return _rows(_TABLE, num_channels, dtype, target)
+    return _rows(FOLDED_TABLE, num_channels, dtype, target)
 
 
-def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
+def _rows(table: Table, num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
     if dtype != torch.float32:
         operands, precision = "half", "ieee"
     else:
         operands, precision = ("tf32" if target.fp32_precision == "tf32" else "fp32"), target.fp32_precision
     block_c = block_channels(num_channels)
-    if precision == "bf16x6" and block_c >= _TF32X3_FROM[target.architecture]:
+    if precision == "bf16x6" and block_c >= TF32X3_FROM[target.architecture]:
         precision = "tf32x3"
     row = table[target.architecture, operands][block_c]
     configs = []
@@ -208,286 +202,3 @@ def _rows(table: "_Table", num_channels: int, dtype: torch.dtype, target: Target
         max_registers = registers[0] if registers else None
         configs.append(LaunchConfig(block_m, block_n, block_k, block_d, num_warps, num_stages, precision, max_registers))
     return configs
-
-
-_Sizes = tuple[int, ...]
-_Row = tuple[_Sizes, ...]
-_Table = dict[tuple[str, str], dict[int, _Row]]
-
-# From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
-# registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
-_TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}
-
-ALL = 256  # a tile of tokens stays in registers with all its channels
-
-# (architecture, operands) → channels of a tile → one entry for each kernel, in the order
-#     forward, prepare, query gradient, key and value gradient, token moments,
-# and each entry (block_m, block_n, block_k, block_d, num_warps, num_stages[, max_registers]).
-_TABLE: _Table = {
-    ("hopper", "half"): {
-        16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 4, 1), (64, 64, ALL, 32, 4, 2)),
-    },
-    ("hopper", "tf32"): {
-        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (128, 32, ALL, 16, 8, 1),
-              (32, 128, ALL, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
-        256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
-    },
-    ("hopper", "fp32"): {
-        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 32, ALL, 32, 4, 2)),
-        32: ((64, 32, ALL, 16, 4, 2, 255), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 1),
-             (32, 64, ALL, 16, 4, 2, 255), (32, 32, ALL, 32, 4, 2, 255)),
-        64: ((64, 64, 32, 16, 4, 1, 255), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 4, 1, 255),
-             (32, 64, 32, 16, 4, 1, 255), (64, 32, ALL, 32, 4, 2)),
-        128: ((128, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (128, 16, 32, 16, 8, 1, 255),
-              (16, 64, 16, 16, 8, 1, 255), (64, 32, ALL, 32, 4, 2)),
-        256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
-              (16, 32, 16, 16, 8, 1), (32, 32, ALL, 32, 8, 1)),
-    },
-    ("ampere", "half"): {
-        16: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 2),
-             (64, 64, ALL, 32, 4, 2, 255)),
-        128: ((64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 1), (64, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
-        256: ((32, 64, 64, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (32, 32, 64, 32, 8, 1),
-              (16, 16, ALL, 32, 8, 1), (64, 32, ALL, 32, 8, 2)),
-    },
-    ("ampere", "tf32"): {
-        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2), (32, 32, ALL, 16, 4, 2),
-             (64, 64, ALL, 32, 4, 2, 255)),
-        128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1),
-              (64, 64, ALL, 32, 4, 2, 255)),
-        256: ((16, 32, 64, 16, 8, 1, 255), (32, 64, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1),
-              (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
-    },
-    ("ampere", "fp32"): {
-        16: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 4, 1, 255),
-             (32, 64, ALL, 16, 4, 1), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1),
-             (16, 32, ALL, 16, 4, 1), (32, 32, ALL, 32, 4, 2, 255)),
-        64: ((32, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1, 255), (32, 32, 32, 16, 8, 1), (32, 32, 16, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
-        128: ((32, 32, 16, 16, 8, 1), (64, 64, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1, 255), (32, 32, 16, 16, 8, 1),
-              (64, 16, ALL, 32, 4, 2, 255)),
-        256: ((32, 16, 16, 16, 8, 1, 255), (16, 64, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255),
-              (16, 32, 16, 16, 8, 1, 255), (32, 32, ALL, 32, 8, 1)),
-    },
-    ("cdna", "half"): {
-        16: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2)),
-        256: ((64, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 32, 4, 2), (32, 32, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2)),
-    },
-    ("cdna", "fp32"): {
-        16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
-        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        256: ((16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1), (64, 32, ALL, 32, 4, 2)),
-    },
-}  # fmt: skip
-
-# Blackwell takes Hopper's sizes, but for rows that would spill there or that were only counted on Hopper.
-_TABLE |= {("blackwell", operands): _TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
-_TABLE["blackwell", "half"] = _TABLE["hopper", "half"] | {
-    256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
-}
-_TABLE["blackwell", "tf32"] = _TABLE["hopper", "tf32"] | {
-    128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2),
-          (64, 32, ALL, 32, 4, 2, 255)),
-    256: ((64, 32, 64, 16, 8, 1), (64, 64, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1), (64, 32, ALL, 32, 8, 1)),
-}  # fmt: skip
-_TABLE["blackwell", "fp32"] = _TABLE["hopper", "fp32"] | {
-    64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1),
-         (64, 32, ALL, 32, 4, 2, 255)),
-    128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
-}  # fmt: skip
-
-# The kernels with projected keys; the order of a row is
-#     qkv projection, forward, prepare, query gradient, key and value gradient,
-# and a row holds for keys of any width up to half the channels.
-_PROJECTED_TABLE: _Table = {
-    ("hopper", "half"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1)),
-    },
-    ("hopper", "tf32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        128: ((64, 64, ALL, 16, 4, 1), (128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, 64, 16, 4, 1)),
-        256: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1),
-             (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1)),
-    },
-    ("hopper", "fp32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1),
-             (64, 32, ALL, 16, 4, 2, 255), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 32, 4, 1),
-             (64, 32, ALL, 16, 4, 1, 255), (32, 64, 32, 16, 4, 1, 255)),
-        128: ((64, 64, ALL, 16, 8, 1), (128, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-              (64, 32, 32, 16, 4, 1, 255), (16, 64, 32, 16, 8, 1, 255)),
-        256: ((64, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-             (16, 32, 16, 16, 8, 1, 255), (16, 16, 32, 16, 8, 1, 255)),
-    },
-    ("ampere", "half"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
-        128: ((64, 64, ALL, 16, 8, 1), (64, 32, ALL, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 2), (32, 32, 64, 16, 8, 1)),
-        256: ((64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (64, 64, ALL, 16, 8, 1), (32, 32, 128, 16, 8, 1), (16, 16, 64, 16, 8, 1)),
-    },
-    ("ampere", "tf32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 1),
-             (64, 32, ALL, 16, 8, 2), (32, 32, 32, 16, 8, 1)),
-        128: ((64, 64, ALL, 16, 4, 1), (32, 32, 64, 16, 8, 1), (64, 64, ALL, 16, 4, 1),
-              (32, 64, 64, 16, 8, 1, 255), (16, 32, 64, 16, 8, 1)),
-        256: ((64, 64, ALL, 16, 4, 1), (16, 32, 64, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-              (16, 16, 64, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
-    },
-    ("ampere", "fp32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 1, 255),
-             (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (32, 32, 32, 16, 8, 1), (32, 64, ALL, 16, 8, 1, 255),
-             (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255)),
-        128: ((32, 64, ALL, 16, 8, 1), (32, 32, 16, 16, 8, 1), (32, 64, ALL, 16, 4, 1),
-              (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
-        256: ((32, 64, ALL, 16, 8, 1), (32, 16, 16, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-             (16, 32, 16, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
-    },
-    ("cdna", "half"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 32, 16, 16, 8, 1)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 32, 32, 16, 8, 1)),
-        128: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1)),
-        256: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 32, 4, 2), (32, 16, ALL, 16, 4, 1)),
-    },
-    ("cdna", "fp32"): {
-        32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (32, 32, 32, 16, 8, 1)),
-        128: ((64, 64, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2)),
-        256: ((64, 64, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1)),
-    },
-}  # fmt: skip
-_PROJECTED_TABLE |= {("blackwell", operands): _PROJECTED_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
-_PROJECTED_TABLE["blackwell", "half"] = _PROJECTED_TABLE["hopper", "half"] | {
-    256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
-}
-_PROJECTED_TABLE["blackwell", "tf32"] = _PROJECTED_TABLE["hopper", "tf32"] | {
-    128: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),
-    256: ((64, 64, ALL, 16, 4, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1),
-          (64, 32, 32, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
-}  # fmt: skip
-_PROJECTED_TABLE["blackwell", "fp32"] = _PROJECTED_TABLE["hopper", "fp32"] | {
-    64: ((64, 64, ALL, 16, 4, 1), (64, 32, ALL, 16, 8, 2, 255), (64, 64, ALL, 32, 4, 1),
-         (64, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255)),
-    128: ((64, 64, ALL, 16, 8, 1), (64, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
-          (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
-}  # fmt: skip
-
-# The kernels of wider maps, which take channels step by step; the order of a row is
-#     forward, query gradient, key and value gradient.
-_WIDE_TABLE: _Table = {
-    ("hopper", "half"): {512: ((128, 64, 64, 16, 8, 2), (64, 64, 64, 16, 8, 2), (32, 128, 64, 16, 8, 1))},
-    ("hopper", "tf32"): {512: ((64, 64, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (16, 32, 64, 16, 8, 1))},
-    ("hopper", "fp32"): {512: ((32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
-    ("blackwell", "half"): {512: ((64, 64, 64, 16, 8, 2), (64, 64, 64, 16, 8, 2), (32, 64, 64, 16, 8, 2))},
-    ("blackwell", "tf32"): {512: ((64, 32, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1))},
-    ("blackwell", "fp32"): {512: ((64, 16, 32, 16, 8, 1, 255), (32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
-    ("ampere", "half"): {512: ((64, 32, 64, 16, 8, 2), (64, 32, 32, 16, 8, 2), (32, 32, 64, 16, 8, 2))},
-    ("ampere", "tf32"): {512: ((16, 32, 32, 16, 8, 1), (16, 16, 64, 16, 8, 1), (16, 16, 32, 16, 8, 1))},
-    ("ampere", "fp32"): {512: ((32, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255))},
-    ("cdna", "half"): {512: ((64, 32, 64, 16, 8, 1), (64, 16, 64, 16, 8, 1), (32, 32, 64, 16, 8, 1))},
-    ("cdna", "fp32"): {512: ((32, 32, 32, 16, 8, 1), (32, 32, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1))},
-}  # fmt: skip
-
-# The kernels on tokens; the order of a row is
-#     forward, query gradient, key and value gradient,
-# and a row holds for queries and keys of any width up to half of that of the values.
-_TOKEN_TABLE: _Table = {
-    ("hopper", "half"): {
-        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1)),
-    },
-    ("hopper", "tf32"): {
-        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        128: ((64, 32, 64, 16, 8, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),
-        256: ((64, 32, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
-    },
-    ("hopper", "fp32"): {
-        32: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 16, 4, 2, 255), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 32, ALL, 16, 8, 2, 255), (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
-        128: ((64, 32, 32, 16, 8, 1, 255), (64, 32, 32, 16, 8, 1), (16, 64, 16, 16, 8, 1)),
-        256: ((32, 16, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255), (16, 16, 32, 16, 8, 1, 255)),
-    },
-    ("ampere", "half"): {
-        32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 16, 4, 1)),
-        128: ((64, 32, ALL, 32, 8, 2), (64, 32, ALL, 32, 4, 2), (32, 32, 64, 16, 8, 1)),
-        256: ((32, 32, 128, 16, 8, 1), (32, 32, 128, 16, 8, 1), (16, 16, 64, 16, 8, 1)),
-    },
-    ("ampere", "tf32"): {
-        32: ((64, 64, ALL, 16, 4, 2), (64, 32, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 2), (64, 32, ALL, 16, 8, 2), (32, 32, 32, 16, 8, 1)),
-        128: ((32, 32, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1, 255), (16, 32, 64, 16, 8, 1)),
-        256: ((16, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1), (16, 16, 128, 16, 8, 1, 255)),
-    },
-    ("ampere", "fp32"): {
-        32: ((64, 32, ALL, 16, 8, 1), (16, 32, ALL, 16, 4, 1), (16, 32, ALL, 16, 4, 1)),
-        64: ((32, 32, 32, 16, 8, 1), (16, 32, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255)),
-        128: ((32, 32, 16, 16, 8, 1, 255), (16, 32, 32, 16, 8, 1, 255), (16, 16, 16, 16, 8, 1)),
-        256: ((32, 16, 16, 16, 8, 1, 255), (16, 32, 16, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
-    },
-    ("cdna", "half"): {
-        32: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
-        128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 64, ALL, 16, 4, 1)),
-        256: ((64, 32, ALL, 32, 4, 2), (64, 16, ALL, 32, 4, 2), (32, 16, ALL, 16, 4, 1)),
-    },
-    ("cdna", "fp32"): {
-        32: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        64: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (32, 32, 32, 16, 8, 1)),
-        128: ((16, 32, ALL, 16, 4, 2), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 2)),
-        256: ((16, 32, ALL, 16, 4, 2), (16, 32, ALL, 16, 4, 2), (32, 16, ALL, 16, 4, 1)),
-    },
-}  # fmt: skip
-_TOKEN_TABLE |= {("blackwell", operands): _TOKEN_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
-_TOKEN_TABLE["blackwell", "half"] = _TOKEN_TABLE["hopper", "half"] | {
-    32: ((64, 64, ALL, 32, 4, 2, 255), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-    256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
-}
-
-# Of values and keys of one width, half of that of a row, tiles would stay in registers that the row reads step by step, and some do
-# not fit: shorter steps then. Hopper's of 128 channels in 16 bits fit into four warps, of which none repeats another's work.
-_EQUAL_WIDTHS_TABLE: _Table = dict(_TOKEN_TABLE)
-_EQUAL_WIDTHS_TABLE["hopper", "half"] = _TOKEN_TABLE["hopper", "half"] | {
-    256: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
-}
-_EQUAL_WIDTHS_TABLE["hopper", "tf32"] = _TOKEN_TABLE["hopper", "tf32"] | {
-    256: ((64, 32, 64, 16, 8, 1), (64, 32, 32, 16, 8, 1), (16, 32, 64, 16, 4, 1)),
-}
-_EQUAL_WIDTHS_TABLE["blackwell", "half"] = _TOKEN_TABLE["blackwell", "half"] | {
-    256: ((64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 2, 255), (32, 64, 128, 16, 8, 1, 255)),
-}
-_EQUAL_WIDTHS_TABLE["blackwell", "tf32"] = _EQUAL_WIDTHS_TABLE["hopper", "tf32"]
-_EQUAL_WIDTHS_TABLE["ampere", "half"] = _TOKEN_TABLE["ampere", "half"] | {
-    256: ((32, 32, 128, 16, 8, 1), (32, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1)),
-}
-_EQUAL_WIDTHS_TABLE["ampere", "tf32"] = _TOKEN_TABLE["ampere", "tf32"] | {
-    128: ((32, 32, 64, 16, 8, 1), (32, 64, 32, 16, 8, 1), (16, 32, 32, 16, 4, 1, 255)),
-    256: ((16, 32, 64, 16, 8, 1, 255), (16, 16, 64, 16, 8, 1, 255), (16, 32, 64, 16, 4, 1)),
-}
-_EQUAL_WIDTHS_TABLE["cdna", "half"] = _TOKEN_TABLE["cdna", "half"] | {
-    128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
-}

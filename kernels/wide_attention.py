@@ -18,7 +18,8 @@ import triton.language as tl
 
 from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
 from .attention_forward import attend_keys
-from .launch_config import FUSED_CHANNELS, MERGE_OPTIONS, MERGE_TILE, LaunchConfig, key_splits, num_tiles
+from .block_sizes import MERGE_OPTIONS, MERGE_TILE
+from .launch_config import FUSED_CHANNELS, LaunchConfig, key_splits, num_tiles
 from .primitives import load_tile, locate, store_tile, tile_offsets
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visattn import functional, use_backend
 from visattn.functional import GroupNorm
 
-from .oracle import Results
+from .oracle import Results, recorded_backends
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,14 @@ def run(function: Callable[..., Tensor], problem: Problem) -> Results:
     gradients = torch.autograd.grad(out, list(leaves.values()), problem.d_out, allow_unused=True)
     found = {name: g if g is not None else torch.zeros_like(t) for (name, t), g in zip(leaves.items(), gradients, strict=True)}
     return {"out": out.detach(), **found}
+
+
+def run_on_kernels(problem: Problem, place: torch.device) -> Results:
+    """What the layer computes on the kernels, after making sure that it was they."""
+    with use_backend("triton"), recorded_backends() as ran:
+        results = run(functional.self_attention_2d, problem.to(place))
+    assert ran == ["triton", "triton"]
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def truth_of(function: Callable[..., Tensor], problem: Problem) -> Results:

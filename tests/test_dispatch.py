@@ -144,9 +144,9 @@ class TestReasons:
         assert "at most 512 channels" in self.reasons(monkeypatch, shape=(1, 513, 3, 3))[0]
 
     def test_the_limit_is_that_of_the_launch_configurations(self):
-        launch_config = pytest.importorskip("visattn.kernels").launch_config
-        assert {width for rows in launch_config._WIDE_TABLE.values() for width in rows} == {dispatch.MAX_CHANNELS}
-        assert launch_config._WIDE_TABLE.keys() == launch_config._TABLE.keys()
+        block_sizes = pytest.importorskip("visattn.kernels").block_sizes
+        assert {width for rows in block_sizes.WIDE_TABLE.values() for width in rows} == {dispatch.MAX_CHANNELS}
+        assert block_sizes.WIDE_TABLE.keys() == block_sizes.FOLDED_TABLE.keys()
 
     def test_without_triton(self, monkeypatch):
         assert "not installed" in self.reasons(monkeypatch, installed=False)[0]

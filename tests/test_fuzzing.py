@@ -4,7 +4,7 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from visattn.kernels import launch_config
+from visattn.kernels import block_sizes
 
 from .conftest import INTERPRETING
 from .reliability import fuzzing
@@ -91,6 +91,6 @@ def test_cases_survive_the_command_line():
 
 
 def test_no_block_is_smaller_than_assumed():
-    tables = (launch_config._TABLE, launch_config._PROJECTED_TABLE, launch_config._TOKEN_TABLE, launch_config._EQUAL_WIDTHS_TABLE)
+    tables = (block_sizes.FOLDED_TABLE, block_sizes.PROJECTED_TABLE, block_sizes.TOKEN_TABLE, block_sizes.EQUAL_WIDTHS_TABLE)
     sizes = {size for table in tables for rows in table.values() for row in rows.values() for entry in row for size in entry[:4]}
     assert all(size % fuzzing.SMALLEST_BLOCK == 0 for size in sizes)

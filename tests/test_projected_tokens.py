@@ -11,8 +11,8 @@ import torch
 from visattn import functional, projected_tokens, reference, token_attention, use_backend
 
 from .conftest import HAS_GPU
-from .general_problems import BLOCKS, Block, make_problem, run, truth_of
-from .oracle import complaints, recorded_backends, stacked
+from .general_problems import BLOCKS, Block, make_problem, run, run_on_kernels, truth_of
+from .oracle import complaints, stacked
 
 kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
 pytestmark = pytest.mark.kernels
@@ -23,15 +23,8 @@ POOLED = Block(16, 3, 8, settings={"pool": 2})
 WIDER_THAN_THE_MAP = Block(16, 40, 80, settings={"num_heads": 2})
 
 
-def run_on_kernels(problem):
-    with use_backend("triton"), recorded_backends() as ran:
-        results = run(functional.self_attention_2d, problem.to(PLACE))
-    assert ran == ["triton", "triton"]
-    return {name: t.cpu() for name, t in results.items()}
-
-
 def assert_correct(problems) -> None:
-    ours = stacked([run_on_kernels(p) for p in problems])
+    ours = stacked([run_on_kernels(p, PLACE) for p in problems])
     truth, eager = (stacked([f(reference.self_attention_2d, p) for p in problems]) for f in (truth_of, lambda a, p: run(a, p)))
     assert not complaints(ours, truth, eager)
 
@@ -68,7 +61,7 @@ def test_rounding_of_the_keys_gradient_does_not_meet_a_large_mean():
     problems = [make_problem(HEADS, torch.float16, maps=1, size=(6, 6), mean=100.0, seed=s, residual=False) for s in range(3)]
     for p in problems:
         p.tensors.update(w_q=p.tensors["w_q"].abs(), w_k=p.tensors["w_k"] - p.tensors["w_k"].mean(1, keepdim=True))
-    ours = stacked([run_on_kernels(p) for p in problems])["w_k"].double()
+    ours = stacked([run_on_kernels(p, PLACE) for p in problems])["w_k"].double()
     truth = stacked([truth_of(reference.self_attention_2d, p) for p in problems])["w_k"]
     eager = stacked([run(reference.self_attention_2d, p) for p in problems])["w_k"].double()
     assert (ours - truth).abs().max() < 0.004 * (eager - truth).abs().max()
@@ -78,12 +71,12 @@ def test_maps_do_not_see_each_other():
     """Each has a mean of its own, which is taken off its keys and values and added again."""
     problem = make_problem(HEADS, torch.float32, maps=3, size=(4, 5), residual=False)
     problem.tensors["x"].add_(torch.tensor([0.0, 20.0, -5.0])[:, None, None, None])
-    together = run_on_kernels(problem)
+    together = run_on_kernels(problem, PLACE)
     for n in range(3):
         one = type(problem)(
             problem.tensors | {"x": problem.tensors["x"][n : n + 1]}, problem.d_out[n : n + 1], problem.groups, problem.settings
         )
-        alone = run_on_kernels(one)
+        alone = run_on_kernels(one, PLACE)
         for name in ("out", "x"):
             torch.testing.assert_close(alone[name], together[name][n : n + 1], rtol=1e-5, atol=1e-5)
 

@@ -9,8 +9,8 @@ import visattn
 from visattn import block, functional, ops, projected_tokens, reference, token_attention, use_backend
 
 from .conftest import HAS_GPU
-from .general_problems import BLOCKS, Block, make_problem, run, truth_of
-from .oracle import complaints, recorded_backends, stacked
+from .general_problems import BLOCKS, Block, make_problem, run, run_on_kernels, truth_of
+from .oracle import complaints, stacked
 
 pytestmark = pytest.mark.kernels
 
@@ -19,17 +19,9 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 ON_TOKENS = ["BigGAN", "non-local", "timm NonLocal", "timm Attention2d", "diffusers VAE", "guided-diffusion", "everything"]
 
 
-def run_on_kernels(problem):
-    """What the layer computes on the kernels, after making sure that it was they."""
-    with use_backend("triton"), recorded_backends() as ran:
-        results = run(functional.self_attention_2d, problem.to(PLACE))
-    assert ran == ["triton", "triton"]
-    return {name: t.cpu() for name, t in results.items()}
-
-
 def assert_correct(problems) -> None:
     """As in test_general_layer.py: of pooled maps in half precision only the output is judged."""
-    ours = stacked([run_on_kernels(p) for p in problems])
+    ours = stacked([run_on_kernels(p, PLACE) for p in problems])
     truth = stacked([truth_of(reference.self_attention_2d, p) for p in problems])
     if problems[0].d_out.dtype != torch.float32 and problems[0].settings.get("pool", 1) > 1:
         ours = {"out": ours["out"]}
@@ -65,8 +57,8 @@ def test_layouts_of_the_map(layout):
     problem = make_problem(BLOCKS["timm Attention2d"], torch.float32, maps=1, size=(4, 3))
     x = problem.tensors["x"]
     laid_out = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else torch.cat([x, x], 1)[:, : x.shape[1]]
-    expected = run_on_kernels(problem)
-    results = run_on_kernels(type(problem)(problem.tensors | {"x": laid_out}, problem.d_out, problem.groups, problem.settings))
+    expected = run_on_kernels(problem, PLACE)
+    results = run_on_kernels(type(problem)(problem.tensors | {"x": laid_out}, problem.d_out, problem.groups, problem.settings), PLACE)
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], rtol=1e-5, atol=1e-6)
 

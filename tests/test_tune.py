@@ -16,7 +16,8 @@ if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from triton.runtime.jit import JITFunction
-from visattn.kernels.launch_config import ALL, block_channels
+from visattn.kernels.block_sizes import ALL
+from visattn.kernels.launch_config import block_channels
 
 from bench import __main__, problems, timing, trial, tune
 from bench.ahead_of_time import DEVICES
