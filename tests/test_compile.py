@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import visattn
-from visattn import functional, ops, use_backend
+from visattn import functional, ops, torch_attention, use_backend
 
 from .conftest import HAS_GPU, INTERPRETING
 from .oracle import make_problem, recorded_backends
@@ -182,8 +182,13 @@ def test_op_and_eager_give_the_same_bits():
         assert torch.equal(a, b)
 
 
-def test_ops_do_not_heed_autocast():
-    """Their operands have the dtype they are to be computed in; autocast would round the sums inside (pytorch#87979)."""
+@pytest.mark.parametrize("sdpa", [False, True])
+def test_ops_do_not_heed_autocast(sdpa, monkeypatch):
+    """Their operands have the dtype they are to be computed in; autocast would round the sums inside (pytorch#87979).
+
+    It heeds `scaled_dot_product_attention`, which a GPU takes, but not products into a buffer.
+    """
+    monkeypatch.setattr(torch_attention, "sdpa_takes", lambda tokens: sdpa)
     x, b_k, *weights = op_arguments("cpu", torch.contiguous_format, optional=True, requires_grad=False)
     q, k, v, g = (torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
 
