@@ -54,10 +54,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(d_q, d_k, d_v)` by the derivative of `scaled_dot_product_attention`, which computes y once more for it."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        d_q, d_k, d_v = torch.autograd.grad(sdpa(*leaves), leaves, d_y)
+    """`(d_q, d_k, d_v)` by the derivative of `scaled_dot_product_attention`, which computes y once more for it.
+
+    By `torch.func`: within a library op, which compiled calls are, autograd records nothing.
+    """
+    _, pullback, *_ = torch.func.vjp(sdpa, q, k, v)
+    d_q, d_k, d_v = pullback(d_y)
     return d_q, d_k, d_v
 
 
