@@ -73,16 +73,6 @@ def test_with_kernels_of_sdpa(name, monkeypatch):
     assert_correct([make_problem(BLOCKS[name], residual=False)])
 
 
-def test_compiled_with_kernels_of_sdpa(monkeypatch):
-    """Within the op of a compiled call autograd records nothing, and what SDPA's derivative needs has to be recorded."""
-    monkeypatch.setattr(torch_attention, "sdpa_takes", lambda tokens: True)
-    problem = make_problem(HEADS, maps=1, size=(3, 4))
-    compiled = torch.compile(functional.self_attention_2d, backend="aot_eager", fullgraph=True)
-    ours, eager = (run(function, problem) for function in (compiled, functional.self_attention_2d))
-    for name, result in ours.items():
-        torch.testing.assert_close(result, eager[name], rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("scores_at_once", [1, 100, 700])
 def test_chunks_give_what_one_piece_gives(scores_at_once, monkeypatch):
     monkeypatch.setattr(torch_attention, "SCORES_AT_ONCE", scores_at_once)
@@ -326,6 +316,15 @@ class TestCompilers:
         assert results[0][0].stride() == results[1][0].stride()
         for want, got in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    def test_compiled_with_kernels_of_sdpa(self, monkeypatch):
+        """Within the op of a compiled call autograd records nothing, and what SDPA's derivative needs has to be recorded."""
+        monkeypatch.setattr(torch_attention, "sdpa_takes", lambda tokens: True)
+        problem = make_problem(HEADS, maps=1, size=(3, 4))
+        compiled = torch.compile(functional.self_attention_2d, backend="aot_eager", fullgraph=True)
+        ours, eager = (run(function, problem) for function in (compiled, functional.self_attention_2d))
+        for name, result in ours.items():
+            torch.testing.assert_close(result, eager[name], rtol=1e-10, atol=1e-12)
 
     def test_export_runs_the_op(self):
         layer, x = visattn.SelfAttention2d(8, **LAYERS[3]), torch.randn(2, 8, 6, 5)
