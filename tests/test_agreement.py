@@ -17,7 +17,7 @@ def test_which_kinds_are_the_same_in_two_ways():
 
 def test_one_step_of_both_and_the_control():
     row = agreement.measure("vit_mnist", "fp64", steps=2)
-    assert 0 < row["difference"] < 1e-12
+    assert row["difference"] < 1e-12  # of some versions of PyTorch zero
     assert 0 < row["control"] < 1e-12
     assert agreement.measure("vit_mnist", "fp32", steps=2)["control"] > 1e-9
 
