@@ -27,11 +27,11 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 
 
 class _InDtype(nn.Module):
-    """A model that computes in a dtype of its own."""
+    """A model that has a dtype of its own, for images in fp32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype = model.to(dtype), dtype
+        self.model, self.dtype = model, dtype
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.to(self.dtype))

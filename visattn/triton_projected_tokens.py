@@ -1,7 +1,8 @@
 """Attention on the queries, keys and values of a map on the kernels: they project the map, attend, and take both back.
 
 Queries, keys and values are projected again in the backward pass, so that nothing but y and a number for each row is kept. Keys and
-values are computed less `W h̄`, h̄ being the map's mean: a vector that softmax drops, and one that is added to y again.
+values are computed less `W h̄`, h̄ being the map's mean, or pooled ones less their own: a vector that softmax drops, and one that is
+added to y again.
 """
 
 import math
@@ -36,7 +37,7 @@ class _Operands(NamedTuple):
 def forward(
     h: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, num_heads: int, pool: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`(y, lse)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with keys less `W_k h̄`."""
+    """`(y, lse)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with these keys."""
     maps, _, height, width = h.shape
     y = h.new_empty((maps * num_heads, w_v.shape[0] // num_heads, height * width))
     lse = h.new_empty((maps * num_heads, height * width), dtype=torch.float32)
