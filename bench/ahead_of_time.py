@@ -253,6 +253,32 @@ def projection_launches(
     return launches
 
 
+def normalized_launches(
+    device: Device, dtype: torch.dtype, channels: int, tokens: int = 1024, *, highest: bool = True, channels_last: bool = False
+) -> list[Launch]:
+    """What a normalised map of `tokens` pixels launches that is not launched for others: statistics, and kernels that normalise.
+
+    Which of the two that normalise a block takes is left open here.
+    """
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, y, out = (empty(128, tokens, channels).mT if channels_last else empty(128, channels, tokens) for _ in range(3))
+    lse = torch.empty(128, tokens, device="meta")
+    weight, vector, target = empty(channels, channels), empty(channels), device.kernel_target(highest)
+    with caught_launches() as launches:
+        norm = kernels.group_statistics(x, vector, vector, channels // 2, 1e-6)
+        projection, config = kernels.Projection(weight, empty(128, channels)), kernels.projection_configs(channels, dtype, target)
+        kernels.qkv_projection(x, projection, projection, projection, norm, config=config.qkv_projection)
+        if kernels.attends_normalized(channels, dtype):
+            kernels.attention_forward(
+                x, weight, vector, weight, weight, vector, vector[:1], out, y, lse, norm,
+                scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
+            )  # fmt: skip
+    return launches
+
+
 def compile_launch(launch: Launch, device: Device) -> Compiled:
     """Compiles a caught launch for `device` and reads what became of it.
 

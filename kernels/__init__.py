@@ -2,6 +2,7 @@
 
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
+from .group_norm import group_statistics
 from .launch_config import (
     FUSED_CHANNELS,
     BackwardConfigs,
@@ -11,6 +12,7 @@ from .launch_config import (
     Target,
     TokenConfigs,
     WideConfigs,
+    attends_normalized,
     backward_configs,
     forward_config,
     projected_configs,
@@ -36,10 +38,12 @@ __all__ = [
     "Target",
     "TokenConfigs",
     "WideConfigs",
+    "attends_normalized",
     "attention_backward",
     "attention_forward",
     "backward_configs",
     "forward_config",
+    "group_statistics",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",

@@ -12,8 +12,10 @@ import triton.language as tl
 from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import (
     LOG2E,
+    NORM_ROWS,
     attend_tile,
     dot_over_channels,
+    load_norm,
     load_tile,
     locate,
     project_there_and_back,
@@ -27,7 +29,7 @@ from .primitives import (
 def attend_keys(
     acc, m_i, l_i, u, u_ptr, stride_uc, stride_ul, offs_m, num_queries,
     x_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys,
-    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr, SUM_ROUNDED: tl.constexpr = False,
 ):  # fmt: skip
     """Lets a tile of folded queries meet one tile of the map behind x_ptr (C, BLOCK_N): its tokens are keys and values.
 
@@ -42,7 +44,18 @@ def attend_keys(
     else:
         x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
         logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
-    return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION)
+    return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION, SUM_ROUNDED, C <= BLOCK_K)
+
+
+@triton.jit
+def queries_of_raw_keys(u, norm_ptr, offs_c, C: tl.constexpr):
+    """What takes raw keys x for folded queries u (BLOCK_M, BLOCK_C) of keys h: `(u', offset)` with `u · h_j = u' · x_j + offset`.
+
+    u' = factor ∘ u, in the dtype of u, and offset (BLOCK_M) takes its rounding along, which otherwise would meet the mean of x.
+    """
+    mean, factor, bias = load_norm(norm_ptr, offs_c, C)
+    raw = (u.to(tl.float32) * factor[None, :]).to(u.dtype)
+    return raw, tl.sum(u.to(tl.float32) * bias[None, :] - raw.to(tl.float32) * mean[None, :], 1)
 
 
 @triton.jit
@@ -50,7 +63,7 @@ def attention_forward_kernel(
     x_ptr, stride_xn, stride_xc, stride_xl,
     w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
     out_ptr, y_ptr, stride_on, stride_oc, stride_ol,
-    lse_ptr,
+    lse_ptr, norm_ptr,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -60,7 +73,8 @@ def attention_forward_kernel(
 
     x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); b_v_ptr (C) or None; gamma_ptr (1) or
     None; out_ptr (N, C, L); y_ptr (N, C, L) with the strides of out, or None where it is not wanted; lse_ptr (N, L) fp32,
-    the base-2 log-sum-exp of the folded logits, or None.
+    the base-2 log-sum-exp of the folded logits, or None. With norm_ptr (N, NORM_ROWS, C) it is the normalised map h that is projected
+    and that attends, y and lse are those of h, and x is what is added. Keys and values are x even then.
 
     With BLOCK_K < BLOCK_C a tile of tokens is too wide to stay in registers. The folded queries, and after them y, then lie
     in this program's own rows of y_ptr, which must be given, and dots over channels take BLOCK_K of them at a time.
@@ -69,11 +83,15 @@ def attention_forward_kernel(
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += n * stride_xn
+    if norm_ptr is not None:
+        norm_ptr += n * NORM_ROWS * C
 
     u = project_there_and_back(
         x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
-        C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
+        C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION, norm_ptr,
     ).to(x_ptr.dtype.element_ty)  # fmt: skip
+    if norm_ptr is not None:
+        u, offset = queries_of_raw_keys(u, norm_ptr, offs_c, C)
     out_ptr += n * stride_on
     out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
     if y_ptr is not None:
@@ -91,16 +109,24 @@ def attention_forward_kernel(
         keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
             acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION, norm_ptr is not None,
         )  # fmt: skip
     if full_tokens < num_tokens:
         keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
         acc, m_i, l_i = attend_keys(
             acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
             keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+            norm_ptr is not None,
         )  # fmt: skip
 
-    y = (acc / l_i[:, None]).to(x_ptr.dtype.element_ty)
+    lse = m_i + tl.log2(l_i)
+    y = acc / l_i[:, None]
+    if norm_ptr is not None:
+        tl.debug_barrier()  # or what was loaded for the queries would stay in registers till now
+        mean, factor, bias = load_norm(norm_ptr, offs_c, C)
+        y = (y - mean[None, :]) * factor[None, :] + bias[None, :]
+        lse += offset
+    y = y.to(x_ptr.dtype.element_ty)
     if BLOCK_K < BLOCK_C:
         tl.debug_barrier()  # the folded queries have been read for the last time
     if y_ptr is not None:
@@ -108,7 +134,7 @@ def attention_forward_kernel(
     if BLOCK_K < BLOCK_C:
         tl.debug_barrier()
     if lse_ptr is not None:
-        tl.store(lse_ptr + n * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
+        tl.store(lse_ptr + n * num_tokens + offs_m, lse, mask=offs_m < num_tokens)
 
     store_output(
         y, y_ptr, stride_oc, stride_ol, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
@@ -127,6 +153,7 @@ def attention_forward(
     out: torch.Tensor,
     y: torch.Tensor | None,
     lse: torch.Tensor | None,
+    norm: torch.Tensor | None = None,
     *,
     scale: float,
     residual: bool,
@@ -135,7 +162,7 @@ def attention_forward(
     """Fills `out` (N, C, L), and `y` (N, C, L) and `lse` (N, L) where given, from `x` (N, C, L).
 
     Weights are contiguous, `out` and `y` share their strides; everything lies on one device. `y` must be given where
-    `config.steps_over_channels`.
+    `config.steps_over_channels`. norm: what `group_statistics` tells of x, where the normalised map attends.
     """
     num_maps, num_channels, num_tokens = x.shape
     grid = (num_maps * num_tiles(num_tokens, config.block_m),)
@@ -144,7 +171,7 @@ def attention_forward(
         x, *x.stride(),
         w_q, b_q, w_k, w_v, b_v, gamma,
         out, y, *out.stride(),
-        lse,
+        lse, norm,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,

@@ -11,6 +11,10 @@ MERGE_TILE = 32
 """Channels, and tokens, of one program that merges what splits of the keys have found."""
 MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
+MOMENTS_TILE = 64
+"""Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
+MOMENTS_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
 # registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
 TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}

@@ -119,12 +119,24 @@ def num_tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
+def attends_normalized(num_channels: int, dtype: torch.dtype) -> bool:
+    """Whether the forward kernel normalises a map itself, with raw keys and values, or the normalised map is written first.
+
+    Products of raw 16-bit tokens are exact in fp32, so that their mean costs nothing; those of fp32 tokens are not. The queries of raw
+    keys are as many times larger or smaller as the map is, for which fp16 has not the range.
+    """
+    return dtype == torch.bfloat16 and num_channels <= FUSED_CHANNELS
+
+
 @functools.cache
-def key_splits(programs: int, num_tokens: int, config: LaunchConfig) -> tuple[int, int]:
-    """`(splits, keys of each)` where so many programs would go through all keys: as many as a chip takes, with four steps at least."""
-    steps = num_tiles(num_tokens, config.block_n)
-    keys = num_tiles(steps, max(1, min(FILLS_A_CHIP // programs, steps // 4))) * config.block_n
-    return num_tiles(num_tokens, keys), keys
+def token_splits(programs: int, num_tokens: int, block: int) -> tuple[int, int]:
+    """`(splits, tokens of each)` where so many programs would go through all tokens by steps of `block`.
+
+    As many splits as a chip takes, with four steps at least.
+    """
+    steps = num_tiles(num_tokens, block)
+    tokens = num_tiles(steps, max(1, min(FILLS_A_CHIP // programs, steps // 4))) * block
+    return num_tiles(num_tokens, tokens), tokens
 
 
 @functools.cache

@@ -10,6 +10,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+NORM_ROWS = tl.constexpr(4)
+"""What is known of a normalised map `h = factor · (x - mean) + bias`, for each channel: mean, factor, bias, and the mean of h."""
+
 
 @triton.jit
 def locate(tiles_per_map):
@@ -33,6 +36,29 @@ def load_tile(ptr, offsets, offs_c, offs_l, num_channels: tl.constexpr, num_toke
     if offs_c.shape[0] != num_channels:
         return tl.load(ptr + offsets, mask=(offs_c < num_channels)[:, None], other=0.0)
     return tl.load(ptr + offsets)
+
+
+@triton.jit
+def load_norm(norm_ptr, offs_c, num_channels: tl.constexpr):
+    """mean, factor and bias (BLOCK_C) in fp32, zero outside of `num_channels`; norm_ptr (NORM_ROWS, num_channels)."""
+    inside = offs_c < num_channels
+    mean = tl.load(norm_ptr + offs_c, mask=inside, other=0.0)
+    factor = tl.load(norm_ptr + num_channels + offs_c, mask=inside, other=0.0)
+    bias = tl.load(norm_ptr + 2 * num_channels + offs_c, mask=inside, other=0.0)
+    return mean, factor, bias
+
+
+@triton.jit
+def load_normalized(ptr, offsets, offs_c, offs_l, num_channels: tl.constexpr, num_tokens, norm_ptr):
+    """A tile `(BLOCK_C, BLOCK_L)` of x, or of the normalised map in x's dtype where norm_ptr (NORM_ROWS, num_channels) is given.
+
+    Zero outside `num_channels`; what a normalised tile has outside `num_tokens` means nothing.
+    """
+    x = load_tile(ptr, offsets, offs_c, offs_l, num_channels, num_tokens, True)
+    if norm_ptr is not None:
+        mean, factor, bias = load_norm(norm_ptr, offs_c, num_channels)
+        x = ((x.to(tl.float32) - mean[:, None]) * factor[:, None] + bias[:, None]).to(x.dtype)
+    return x
 
 
 @triton.jit
@@ -71,16 +97,17 @@ def load_rows(w_ptr, offs_rows, offs_cols, num_rows: tl.constexpr, num_cols: tl.
 @triton.jit
 def dot_over_channels(
     a_ptr, stride_ac, stride_al, offs_a, num_a, b_ptr, stride_bc, stride_bl, offs_b, num_b,
-    C: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr, a_norm_ptr=None,
 ):  # fmt: skip
     """`a_i · b_j` for a tile of tokens of a (C, num_a) and one of b (C, num_b): (BLOCK_A, BLOCK_B) in fp32.
 
     BLOCK_K channels at a time come from memory: for maps with so many channels that no whole tile fits into registers.
+    With a_norm_ptr (NORM_ROWS, C) a is normalised as it is loaded.
     """
     acc = tl.zeros((offs_a.shape[0], offs_b.shape[0]), tl.float32)
     for start_k in tl.range(0, C, BLOCK_K, loop_unroll_factor=1, disable_licm=True):
         offs_k = start_k + tl.arange(0, BLOCK_K)
-        a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, True)
+        a = load_normalized(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, a_norm_ptr)
         b = load_tile(b_ptr, tile_offsets(offs_k, offs_b, stride_bc, stride_bl), offs_k, offs_b, C, num_b, True)
         acc = tl.dot(tl.trans(a), b, acc, input_precision=INPUT_PRECISION)
     return acc
@@ -90,11 +117,13 @@ def dot_over_channels(
 def project_there_and_back(
     t_ptr, stride_tc, stride_tl, offs_l, num_tokens, w_in_ptr, b_in_ptr, w_out_ptr, scale,
     C: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    norm_ptr=None,
 ):  # fmt: skip
     """`scale · W_outᵀ (W_in t + b_in)` for each token t of a tile of the map behind t_ptr (C, num_tokens): (BLOCK_L, BLOCK_C), fp32.
 
-    w_in_ptr (D, C), b_in_ptr (D) or None, w_out_ptr (D, C). D is walked BLOCK_D rows at a time, so neither a weight nor
-    the D-wide projection is ever whole. Forward it folds the keys' weight into the query, backward it takes that back.
+    w_in_ptr (D, C), b_in_ptr (D) or None, w_out_ptr (D, C); norm_ptr (NORM_ROWS, C), by which t is normalised, or None. D is walked
+    BLOCK_D rows at a time, so neither a weight nor the D-wide projection is ever whole. Forward it folds the keys' weight into the
+    query, backward it takes that back.
     """
     offs_c = tl.arange(0, BLOCK_C)
     acc = tl.zeros((offs_l.shape[0], BLOCK_C), tl.float32)
@@ -102,7 +131,7 @@ def project_there_and_back(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         # The rows of a weight are to its columns what tokens are to channels.
         projected = dot_over_channels(
-            t_ptr, stride_tc, stride_tl, offs_l, num_tokens, w_in_ptr, 1, C, offs_d, D, C, BLOCK_K, INPUT_PRECISION
+            t_ptr, stride_tc, stride_tl, offs_l, num_tokens, w_in_ptr, 1, C, offs_d, D, C, BLOCK_K, INPUT_PRECISION, norm_ptr
         )
         if b_in_ptr is not None:
             projected += tl.load(b_in_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
@@ -189,15 +218,21 @@ def gradient_of_y(
 
 
 @triton.jit
-def attend_tile(logits, x, acc, m_i, l_i, offs_n, num_tokens, MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+def attend_tile(
+    logits, x, acc, m_i, l_i, offs_n, num_tokens,
+    MASK_TOKENS: tl.constexpr, INPUT_PRECISION: tl.constexpr, SUM_ROUNDED: tl.constexpr = False, SUM_BY_PRODUCT: tl.constexpr = False,
+):  # fmt: skip
     """One step of online softmax: base-2 logits (BLOCK_M, BLOCK_N) weigh one tile x (BLOCK_C, BLOCK_N) of values.
 
-    acc (BLOCK_M, BLOCK_C) is the running weighted sum, m_i (BLOCK_M) the running maximum, l_i (BLOCK_M) the running sum.
+    acc (BLOCK_M, BLOCK_C) is the running weighted sum, m_i (BLOCK_M) the running maximum, l_i (BLOCK_M) the running sum of the weights,
+    with SUM_ROUNDED as the product takes them, so that the mean of values that hardly differ lies among them. SUM_BY_PRODUCT: `row_sums`.
     """
     if MASK_TOKENS:
         logits = tl.where((offs_n < num_tokens)[None, :], logits, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(logits, 1))
     p = tl.exp2(logits - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
-    acc = tl.dot(p.to(x.dtype), tl.trans(x), acc * alpha[:, None], input_precision=INPUT_PRECISION)
-    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+    weights = p.to(x.dtype)
+    acc = tl.dot(weights, tl.trans(x), acc * alpha[:, None], input_precision=INPUT_PRECISION)
+    total = row_sums(weights, SUM_BY_PRODUCT) if SUM_ROUNDED else tl.sum(p, 1)
+    return acc, m_new, l_i * alpha + total

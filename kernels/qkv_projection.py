@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
-from .primitives import load_tile, locate, project_back, project_tile, store_tile, tile_offsets
+from .primitives import NORM_ROWS, load_normalized, locate, project_back, project_tile, store_tile, tile_offsets
 
 
 class Projection(NamedTuple):
@@ -24,7 +24,7 @@ def qkv_projection_kernel(
     w_q_ptr, b_q_ptr, stride_bqn, factor_q, q_ptr, stride_qn, stride_qc, stride_ql,
     w_k_ptr, b_k_ptr, stride_bkn, factor_k, k_ptr, stride_kn, stride_kc, stride_kl,
     w_v_ptr, b_v_ptr, stride_bvn, factor_v, v_ptr, stride_vn, stride_vc, stride_vl,
-    num_tokens,
+    norm_ptr, num_tokens,
     C: tl.constexpr, D_Q: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -32,12 +32,15 @@ def qkv_projection_kernel(
     """One program projects BLOCK_L tokens of one map, of which it reads its tile once.
 
     x_ptr (N, C, L); for each of q, k and v: weight (D, C), bias (D), (N, D) or None, factor or None, and what is written
-    (N, D, L), or None where it is not wanted, and then D is 0.
+    (N, D, L), or None where it is not wanted, and then D is 0; norm_ptr (N, NORM_ROWS, C), by which x is normalised, or None.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
     offs_c = tl.arange(0, BLOCK_C)
     offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    x = load_tile(x_ptr + n * stride_xn, tile_offsets(offs_c, offs_l, stride_xc, stride_xl), offs_c, offs_l, C, num_tokens, True)
+    if norm_ptr is not None:
+        norm_ptr += n * NORM_ROWS * C
+    x_ptr += n * stride_xn
+    x = load_normalized(x_ptr, tile_offsets(offs_c, offs_l, stride_xc, stride_xl), offs_c, offs_l, C, num_tokens, norm_ptr)
     if q_ptr is not None:
         if b_q_ptr is not None:
             b_q_ptr += n * stride_bqn
@@ -66,10 +69,14 @@ def qkv_projection(
     q: Projection | None = None,
     k: Projection | None = None,
     v: Projection | None = None,
+    norm: torch.Tensor | None = None,
     *,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The three projections of x (N, C, L), each (N, D, L), contiguous, in x's dtype, with a D of its own, or None where not asked for."""
+    """The three projections of x (N, C, L), each (N, D, L), contiguous, in x's dtype, with a D of its own, or None where not asked for.
+
+    norm: what `group_statistics` tells of x, where it is the normalised map that is projected.
+    """
     num_maps, num_channels, num_tokens = x.shape
     rows = [0 if p is None else p.weight.shape[0] for p in (q, k, v)]
     out_q, out_k, out_v = (x.new_empty((num_maps, d, num_tokens)) if d else None for d in rows)
@@ -81,7 +88,7 @@ def qkv_projection(
     qkv_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         *arguments,
-        num_tokens,
+        norm, num_tokens,
         C=num_channels, D_Q=rows[0], D_K=rows[1], D_V=rows[2],
         BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,

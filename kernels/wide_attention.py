@@ -19,7 +19,7 @@ import triton.language as tl
 from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
 from .attention_forward import attend_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
-from .launch_config import FUSED_CHANNELS, LaunchConfig, key_splits, num_tiles
+from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
 from .primitives import load_tile, locate, store_tile, tile_offsets
 
 
@@ -178,7 +178,7 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
     x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
     """
     (programs,), (num_maps, num_channels, num_tokens) = _grid(x, config.block_m), x.shape
-    splits, keys_per_split = key_splits(programs, num_tokens, config)
+    splits, keys_per_split = token_splits(programs, num_tokens, config.block_n)
     split_y, split_lse = y, lse
     if splits > 1:
         split_y, split_lse = _empty_in_order_of(y, num_maps * splits), lse.new_empty((num_maps * splits, num_tokens))

@@ -16,12 +16,9 @@ launch_config = importlib.import_module("visattn.kernels.launch_config")
 wide_attention = importlib.import_module("visattn.kernels.wide_attention")
 
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-TARGET = launch_config.Target("hopper", "ieee")
 
 
 class TestRule:
-    CONFIG = launch_config.wide_configs(torch.float16, TARGET).forward  # 64 keys a step
-
     @pytest.mark.parametrize(
         ("programs", "num_tokens", "splits"),
         [
@@ -37,8 +34,7 @@ class TestRule:
         ],
     )
     def test_programs_fill_a_chip_with_four_steps_at_least(self, programs, num_tokens, splits):
-        assert self.CONFIG.block_n == 64
-        found, keys = launch_config.key_splits(programs, num_tokens, self.CONFIG)
+        found, keys = launch_config.token_splits(programs, num_tokens, 64)
         assert found == splits
         assert keys % 64 == 0
         assert (found - 1) * keys < num_tokens <= found * keys
@@ -46,7 +42,7 @@ class TestRule:
     def test_no_split_is_empty(self):
         for steps in range(1, 200):
             for programs in (1, 2, 3, 7, 20):
-                found, keys = launch_config.key_splits(programs, 64 * steps - 5, self.CONFIG)
+                found, keys = launch_config.token_splits(programs, 64 * steps - 5, 64)
                 assert (found - 1) * keys < 64 * steps - 5 <= found * keys
 
 
@@ -63,11 +59,11 @@ class TestKernels:
         """As many as there are steps, so that short maps will do."""
         self.splits = []
 
-        def every_step(programs, num_tokens, config):
-            self.splits.append((launch_config.num_tiles(num_tokens, config.block_n), config.block_n))
+        def every_step(programs, num_tokens, block):
+            self.splits.append((launch_config.num_tiles(num_tokens, block), block))
             return self.splits[-1]
 
-        monkeypatch.setattr(wide_attention, "key_splits", every_step)
+        monkeypatch.setattr(wide_attention, "token_splits", every_step)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_branch_and_gradients(self, dtype):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import autograd, block, channel, dispatch, projected_tokens, query_normalized, validation
+from . import autograd, block, channel, dispatch, map_attention, projected_tokens, query_normalized, validation
 from .device import autocast_is_enabled
 from .folding import Weights
 from .normalization import GroupNorm, normalized
@@ -77,8 +77,6 @@ def self_attention_2d(
     qk_channels = w_q.shape[0]
     selected = dispatch.select_backend(x, qk_channels, backend, normalize)
     settings = autograd.Settings(qk_channels**-0.5 if scale is None else float(scale), residual, normalize, selected)
-    if normalize == "queries":
-        w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the transposed matrix is normalised by rows
     return _run(settings, x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
 
 
@@ -105,6 +103,8 @@ def _under_autocast(
 
 def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: Weights) -> Tensor:
     """Runs eagerly, with or without a graph, or as an op where a compiler or `torch.jit.trace` is looking."""
+    if settings.normalize == "queries":  # the transposed matrix is normalised by rows
+        b_k, weights = weights.b_q, weights._replace(w_q=weights.w_k, b_q=b_k, w_k=weights.w_q)
     needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (b_k, *weights)))
     tracing = torch.jit.is_tracing()
     if tracing or torch.compiler.is_compiling():
@@ -115,6 +115,16 @@ def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: We
     if needs_graph:
         return autograd.differentiable(x, b_k, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
+
+
+def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm | None, b_k: Tensor | None, weights: Weights) -> Tensor:
+    """The same for a map that may be normalised before; what is added is the map itself."""
+    if norm is None:
+        return _run(settings, x, b_k, weights)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or autograd.transforms_are_active():
+        out = _run(settings._replace(residual=False), normalized(x, norm), b_k, weights)
+        return x + out if settings.residual else out
+    return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), (b_k, *weights))
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
@@ -143,20 +153,20 @@ def _block(
         _refuse_transforms(x, *weights, *(() if norm is None else (norm.weight, norm.bias)))
     dtype = _compute_dtype(x)
     with autograd.without_autocast(x):
-        h, weights = normalized(x, norm).to(dtype), weights.map(lambda w: w.to(dtype))
-        form, selected = _form_and_backend(h, weights, num_heads, pool, normalize, backend)
+        narrow_x, weights = x.to(dtype), weights.map(lambda w: w.to(dtype))
+        form, selected = _form_and_backend(narrow_x, weights, num_heads, pool, normalize, backend)
+        factor = (w_q.shape[0] // num_heads) ** -0.5 if scale is None else float(scale)
+        if norm is not None and dtype != x.dtype:
+            narrow_x, norm = normalized(x, norm).to(dtype), None  # it is the normalised map that is rounded
         if form == "folded":
             w_q, w_k, _, b_q, b_k, _, _, _, gamma = weights
             w_v, b_v = block.folded_values(weights, dtype)
-            added_inside = residual and norm is None and dtype == x.dtype and res_scale == 1.0
-            out = self_attention_2d(
-                h, w_q, w_k, w_v, b_q, b_k, b_v,
-                gamma=gamma, scale=scale, residual=added_inside, normalize=normalize, backend=backend,
-            )  # fmt: skip
+            added_inside = residual and dtype == x.dtype and res_scale == 1.0
+            settings = autograd.Settings(factor, added_inside, normalize, selected)
+            out = _run_on_normalized(settings, narrow_x, norm, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
             residual = residual and not added_inside
         else:
-            factor = (weights.w_q.shape[0] // num_heads) ** -0.5 if scale is None else float(scale)
-            y = projected_tokens.attend(h, weights, num_heads, pool, factor, selected)
+            y = projected_tokens.attend(narrow_x, norm, weights, num_heads, pool, factor, selected)
             out = block.branch_of(y, weights, num_heads, x.shape)
         return block.joined(x, out, residual, res_scale)
 

@@ -17,6 +17,11 @@ class GroupNorm(NamedTuple):
     bias: Tensor | None = None
     eps: float = 1e-6
 
+    def to(self, dtype: torch.dtype) -> "GroupNorm":
+        """The same with weight and bias in dtype."""
+        weight, bias = (None if t is None else t.to(dtype) for t in (self.weight, self.bias))
+        return self._replace(weight=weight, bias=bias)
+
 
 def normalized(x: Tensor, norm: GroupNorm | None) -> Tensor:
     """The map (N, C, H, W) that is projected, in x's dtype; its statistics are summed in fp32 or wider.
@@ -26,8 +31,8 @@ def normalized(x: Tensor, norm: GroupNorm | None) -> Tensor:
     """
     if norm is None:
         return x
-    weight, bias = (None if t is None else t.to(x.dtype) for t in (norm.weight, norm.bias))
+    num_groups, weight, bias, eps = norm.to(x.dtype)
     if x.dtype not in (torch.float16, torch.bfloat16):
-        groups = x.detach().unflatten(1, (norm.num_groups, -1))
-        x = (x.unflatten(1, (norm.num_groups, -1)) - groups.mean((2, 3, 4), keepdim=True)).flatten(1, 2)
-    return torch.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+        groups = x.detach().unflatten(1, (num_groups, -1))
+        x = (x.unflatten(1, (num_groups, -1)) - groups.mean((2, 3, 4), keepdim=True)).flatten(1, 2)
+    return torch.group_norm(x, num_groups, weight, bias, eps)

@@ -14,10 +14,27 @@ from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
 from .folding import Moments, Weights
 from .layout import contiguous, empty_map_like, in_memory
+from .normalization import GroupNorm
 
 
-def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
+def normalizes(x: Tensor, weights: Weights) -> bool:
+    """Whether `forward` takes a norm for the map x (N, C, H, W)."""
+    return kernels.attends_normalized(x.shape[1], x.dtype) and not _projects_keys(weights, x.shape[1])
+
+
+def statistics_of(tokens: Tensor, norm: GroupNorm) -> Tensor:
+    """What the kernels normalise tokens (N, C, L) by, (N, 4, C); its last row is the mean of the normalised tokens."""
+    weight, bias = (None if t is None else contiguous(t) for t in (norm.weight, norm.bias))
+    return kernels.group_statistics(tokens, weight, bias, norm.num_groups, norm.eps)
+
+
+def forward(
+    x: Tensor, weights: Weights, scale: float, residual: bool, save: bool, norm: GroupNorm | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k.
+
+    With a norm the normalised map attends, y and lse are its own, and x is what is added.
+    """
     x = in_memory(x)
     maps, channels, height, width = x.shape
     if channels > kernels.FUSED_CHANNELS:
@@ -39,7 +56,8 @@ def forward(x: Tensor, weights: Weights, scale: float, residual: bool, save: boo
                     residual=residual, config=config,
                 )  # fmt: skip
             else:
-                kernels.attention_forward(tokens, *weights, out_tokens, y, lse, scale=scale, residual=residual, config=config)
+                statistics = None if norm is None else statistics_of(tokens, norm)
+                kernels.attention_forward(tokens, *weights, out_tokens, y, lse, statistics, scale=scale, residual=residual, config=config)
     return out, y if save else None, lse
 
 

@@ -2,7 +2,7 @@
 
 Queries, keys and values are projected again in the backward pass, so that nothing but y and a number for each row is kept. Keys and
 values are computed less `W h̄`, h̄ being the map's mean, or pooled ones less their own: a vector that softmax drops, and one that is
-added to y again.
+added to y again. Where the map is normalised, h below, the kernel that projects does it.
 """
 
 import math
@@ -15,17 +15,18 @@ from torch.nn.functional import max_pool2d
 from . import kernels
 from .device import kernel_target, on_device_of
 from .layout import contiguous, empty_map_like, in_memory
+from .normalization import GroupNorm
+from .triton_backend import statistics_of
 
 
 class _Operands(NamedTuple):
-    """Of a map (N, C, L), its mean being (N, C): what attention on tokens takes, the heads side by side.
+    """Of a map (N, C, L): what attention on tokens takes, the heads side by side.
 
     q (N, E, L) times scale and log2(e), k (N, E, K) and v (N, V, K) less vectors of each map, that of v being c (N, V), contiguous.
     k_index, v_index: where the maxima of windows lie among the L tokens; None where nothing is pooled, and K = L.
     """
 
     tokens: Tensor
-    mean: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -35,19 +36,35 @@ class _Operands(NamedTuple):
 
 
 def forward(
-    h: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, num_heads: int, pool: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """`(y, lse)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with these keys."""
-    maps, _, height, width = h.shape
-    y = h.new_empty((maps * num_heads, w_v.shape[0] // num_heads, height * width))
-    lse = h.new_empty((maps * num_heads, height * width), dtype=torch.float32)
-    if maps:
-        with on_device_of(h):
-            operands = _operands(h, w_q, w_k, w_v, b_q, pool, scale)
-            q, k, v, c = (_heads(t, num_heads) for t in operands[2:6])
-            config = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, kernel_target(h.device)).forward
-            kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
-    return y, lse
+    x: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    num_heads: int,
+    pool: int,
+    scale: float,
+    norm: GroupNorm | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(y, lse, mean)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with these keys.
+
+    mean (N, C) is that of h, by which keys and values are centred, or None where nobody needs it.
+    """
+    maps, _, height, width = x.shape
+    y = x.new_empty((maps * num_heads, w_v.shape[0] // num_heads, height * width))
+    lse = x.new_empty((maps * num_heads, height * width), dtype=torch.float32)
+    if not maps:
+        return y, lse, None
+    with on_device_of(x):
+        x = in_memory(x)
+        tokens = x.flatten(2)
+        statistics = None if norm is None else statistics_of(tokens, norm)
+        mean = tokens.mean(2) if statistics is None else statistics[:, -1].to(x.dtype)
+        operands = _operands(x, mean, w_q, w_k, w_v, b_q, pool, scale, statistics)
+        q, k, v, c = (_heads(t, num_heads) for t in operands[1:5])
+        config = kernels.token_configs(q.shape[1], v.shape[1], x.dtype, kernel_target(x.device)).forward
+        kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
+    return y, lse, mean
 
 
 def backward(
@@ -59,19 +76,21 @@ def backward(
     b_q: Tensor | None,
     y: Tensor,
     lse: Tensor,
+    mean: Tensor | None,
     num_heads: int,
     pool: int,
     scale: float,
     need_h: bool,
     need_weights: bool,
 ) -> list[Tensor | None]:
-    """The gradients of h, w_q, w_k, w_v and b_q, each in the shape and dtype of its own where needed; y and lse as `forward` gave them."""
+    """The gradients of h, w_q, w_k, w_v and b_q, each as its own where needed; y, lse, mean as `forward` gave them."""
     d_h = empty_map_like(h) if need_h else None
     if not h.numel():
         return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q))]
     target = kernel_target(h.device)
     with on_device_of(h):
-        tokens, mean, *operands, k_index, v_index = _operands(h, w_q, w_k, w_v, b_q, pool, scale)
+        assert mean is not None
+        tokens, *operands, k_index, v_index = _operands(in_memory(h), mean, w_q, w_k, w_v, b_q, pool, scale, None)
         q, k, v, c = (_heads(t, num_heads) for t in operands)
         d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
         configs = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, target)
@@ -94,23 +113,34 @@ def backward(
     return [d_h, *gradients, None if b_q is None else query_total.to(b_q.dtype)]
 
 
-def _operands(h: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, b_q: Tensor | None, pool: int, scale: float) -> _Operands:
-    tokens = in_memory(h).flatten(2)
+def _operands(
+    x: Tensor,
+    mean: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_q: Tensor | None,
+    pool: int,
+    scale: float,
+    statistics: Tensor | None,
+) -> _Operands:
+    """What attends to the map x (N, C, H, W), or to the normalised map where its statistics are given; mean (N, C) is that of either."""
+    tokens = x.flatten(2)
     w_q, w_k, w_v = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
     queries = kernels.Projection(w_q, None if b_q is None else contiguous(b_q), scale * math.log2(math.e))
-    config = kernels.projection_configs(h.shape[1], h.dtype, kernel_target(h.device)).qkv_projection
-    mean = tokens.mean(2)
+    config = kernels.projection_configs(x.shape[1], x.dtype, kernel_target(x.device)).qkv_projection
     if pool == 1:
         k_mean, v_mean = (contiguous(mean @ w.mT) for w in (w_k, w_v))  # of maps in strange strides they need not be
         keys, values = kernels.Projection(w_k, -k_mean), kernels.Projection(w_v, -v_mean)
-        q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, config=config))
-        return _Operands(tokens, mean, q, k, v, v_mean, None, None)
-    q, k, v = _present(kernels.qkv_projection(tokens, queries, kernels.Projection(w_k), kernels.Projection(w_v), config=config))
+        q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
+        return _Operands(tokens, q, k, v, v_mean, None, None)
+    keys, values = kernels.Projection(w_k), kernels.Projection(w_v)
+    q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
     (k, k_index), (v, v_index) = (
-        [t.flatten(2) for t in max_pool2d(m.unflatten(2, h.shape[2:]), pool, return_indices=True)] for m in (k, v)
+        [t.flatten(2) for t in max_pool2d(m.unflatten(2, x.shape[2:]), pool, return_indices=True)] for m in (k, v)
     )
     k_mean, v_mean = (t.mean(2, keepdim=True) for t in (k, v))  # that of maxima is not that of what they were chosen from
-    return _Operands(tokens, mean, q, k - k_mean, v - v_mean, contiguous(v_mean[:, :, 0]), k_index, v_index)
+    return _Operands(tokens, q, k - k_mean, v - v_mean, contiguous(v_mean[:, :, 0]), k_index, v_index)
 
 
 def _present(projections: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
