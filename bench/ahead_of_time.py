@@ -271,7 +271,7 @@ def normalized_launches(
         norm = kernels.group_statistics(x, vector, vector, channels // 2, 1e-6)
         projection, config = kernels.Projection(weight, empty(128, channels)), kernels.projection_configs(channels, dtype, target)
         kernels.qkv_projection(x, projection, projection, projection, norm, config=config.qkv_projection)
-        if kernels.attends_normalized(channels, dtype):
+        if kernels.attends_normalized(channels, dtype, target):
             kernels.attention_forward(
                 x, weight, vector, weight, weight, vector, vector[:1], out, y, lse, norm,
                 scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),

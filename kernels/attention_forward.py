@@ -44,7 +44,8 @@ def attend_keys(
     else:
         x = load_tile(x_ptr, offsets, offs_c, offs_n, C, num_keys, MASK_TOKENS)
         logits = tl.dot(u, x, input_precision=INPUT_PRECISION)
-    return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION, SUM_ROUNDED, C <= BLOCK_K)
+    # Wider tiles leave no registers for the product that sums.
+    return attend_tile(logits, x, acc, m_i, l_i, offs_n, num_keys, MASK_TOKENS, INPUT_PRECISION, SUM_ROUNDED, offs_c.shape[0] <= 64)
 
 
 @triton.jit

@@ -42,8 +42,9 @@ def channel_moments_kernel(
     about them.
     """
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    row, part = locate(parts)
-    n, first = row // splits, (row % splits).to(tl.int32) * tokens_per_split
+    pid = tl.program_id(0)
+    part, row = pid % parts, pid // parts
+    n, first = (row // splits).to(tl.int64), row % splits * tokens_per_split
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     x_ptr += n * stride_xn
     origin = load_first_token(x_ptr, stride_xc, offs_c, offs_c < C)
@@ -58,7 +59,7 @@ def channel_moments_kernel(
         tile_mean = tl.sum(x, 1) / count
         centred = tl.where((offs_l < last)[None, :], x - tile_mean[:, None], 0.0)
         mean, square = merge_moments(tl.cast(start - first, tl.float32), mean, square, count, tile_mean, tl.sum(centred * centred, 1))
-    moments_ptr += row * 2 * C + offs_c
+    moments_ptr += row.to(tl.int64) * 2 * C + offs_c
     tl.store(moments_ptr, mean, mask=offs_c < C)
     tl.store(moments_ptr + C, square, mask=offs_c < C)
 

@@ -119,13 +119,13 @@ def num_tiles(length: int, block: int) -> int:
     return -(-length // block)
 
 
-def attends_normalized(num_channels: int, dtype: torch.dtype) -> bool:
+def attends_normalized(num_channels: int, dtype: torch.dtype, target: Target) -> bool:
     """Whether the forward kernel normalises a map itself, with raw keys and values, or the normalised map is written first.
 
     Products of raw 16-bit tokens are exact in fp32, so that their mean costs nothing; those of fp32 tokens are not. The queries of raw
-    keys are as many times larger or smaller as the map is, for which fp16 has not the range.
+    keys are as many times larger or smaller as the map is, for which fp16 has not the range. On AMD it would spill.
     """
-    return dtype == torch.bfloat16 and num_channels <= FUSED_CHANNELS
+    return dtype == torch.bfloat16 and num_channels <= FUSED_CHANNELS and target.architecture != "cdna"
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from .conftest import INTERPRETING
 if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, projection_launches, token_launches
+from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, normalized_launches, projection_launches, token_launches
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
 PRECISIONS = {
@@ -39,6 +39,7 @@ PROJECTED_KERNELS = [
 PROJECTION_KERNELS = ["qkv_projection_kernel", "qkv_projection_backward_kernel", "token_moments_kernel", "token_moments_kernel"]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", "key_value_gradient_kernel", "token_moments_kernel"]
 SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
+NORMALIZING_KERNELS = ["channel_moments_kernel", "group_statistics_kernel", "qkv_projection_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
 
@@ -77,6 +78,14 @@ def check_projections(name: str, precision: str, channels: int, qk_channels: int
     shape = (channels, qk_channels, value_channels)
     launches = projection_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
     assert [launch.name for launch in launches] == PROJECTION_KERNELS
+    check_launches(launches, DEVICES[name])
+
+
+def check_normalized(name: str, precision: str, channels: int, *, channels_last: bool) -> None:
+    dtype, highest = PRECISIONS[precision]
+    launches = normalized_launches(DEVICES[name], dtype, channels, highest=highest, channels_last=channels_last)
+    attends = ["attention_forward_kernel"] if precision == "bf16" and name != "gfx942" else []
+    assert [launch.name for launch in launches] == NORMALIZING_KERNELS + attends
     check_launches(launches, DEVICES[name])
 
 
@@ -149,6 +158,24 @@ def test_tokens(name, precision, widths, lengths):
 )
 def test_projections(name, precision, widths, channels_last):
     check_projections(name, precision, *widths, channels_last=channels_last)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "channels", "channels_last"),
+    [("sm_90", "bf16", 64, False), ("sm_80", "bf16", 128, True), ("gfx942", "fp16", 32, False)],
+)
+def test_normalized_maps(name, precision, channels, channels_last):
+    check_normalized(name, precision, channels, channels_last=channels_last)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("channels", [16, 32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_normalized_maps(name, precision, channels, channels_last):
+    check_normalized(name, precision, channels, channels_last=channels_last)
 
 
 @pytest.mark.full

@@ -118,11 +118,12 @@ def select_backend(x: Tensor, qk_channels: int, backend: str | None, kind: str =
 
 def explain_selection(
     x: Tensor, qk_channels: int, backend: str | None = None, kind: str = "keys", value_channels: int = 0,
-    *, on_kernels: str = "", in_pytorch: str = "",
+    *, normalized: bool = False, on_kernels: str = "", in_pytorch: str = "",
 ) -> str:  # fmt: skip
     """Which backend a call with x would run on, in which form, and why not on the other, in sentences.
 
-    on_kernels: a clause on its form with kind "tokens"; in_pytorch: a sentence on the form that it takes on the PyTorch path.
+    normalized: whether x is normalised before. on_kernels: a clause on its form with kind "tokens"; in_pytorch: a sentence on the form
+    that it takes on the PyTorch path.
     """
     requested = requested_backend(backend)
     reasons = unsupported_reasons(x, qk_channels, kind, value_channels)
@@ -135,14 +136,20 @@ def explain_selection(
     if reasons:
         return f"{problem}: runs on the PyTorch path; the Triton kernels cannot run: {'; '.join(reasons)}.{in_pytorch}"
     interpreter = ", in the interpreter" if device.triton_is_interpreting() else ""
-    return f"{problem}: runs on the Triton kernels{interpreter}, {on_kernels or _form(x.shape[1], qk_channels)}."
+    return f"{problem}: runs on the Triton kernels{interpreter}, {on_kernels or _form(x, qk_channels, normalized)}."
 
 
-def _form(channels: int, qk_channels: int) -> str:
+def _form(x: Tensor, qk_channels: int, normalized: bool) -> str:
     """Which of the kernels' forms runs; Triton is imported only here, where it is known to run."""
     from . import kernels
 
-    return "with thin projected keys" if kernels.projects_keys(channels, qk_channels) else "keys and values are the map itself"
+    if kernels.projects_keys(x.shape[1], qk_channels):
+        return "with thin projected keys" + ", after the map has been normalised" * normalized
+    if not normalized:
+        return "keys and values are the map itself"
+    if kernels.attends_normalized(x.shape[1], x.dtype, device.kernel_target(x.device)):
+        return "keys and values are the map itself, which is normalised on the way"
+    return "keys and values are the map, after it has been normalised"
 
 
 @functools.cache

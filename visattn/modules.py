@@ -223,7 +223,7 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
     on_kernels, in_pytorch = block.form_of(*shape, "triton"), block.form_of(*shape)
     sentence = f" In PyTorch the form is {in_pytorch.name}: {in_pytorch.reason}."
     if on_kernels.name == "folded":
-        return dispatch.explain_selection(x, qk_channels, in_pytorch=sentence)
+        return dispatch.explain_selection(x, qk_channels, normalized=asked.norm is not None, in_pytorch=sentence)
     values = layer.conv_value.out_channels // asked.num_heads
     return dispatch.explain_selection(
         x, qk_channels // asked.num_heads, None, "tokens", values,

@@ -19,7 +19,8 @@ from .normalization import GroupNorm
 
 def normalizes(x: Tensor, weights: Weights) -> bool:
     """Whether `forward` takes a norm for the map x (N, C, H, W)."""
-    return kernels.attends_normalized(x.shape[1], x.dtype) and not _projects_keys(weights, x.shape[1])
+    channels = x.shape[1]
+    return kernels.attends_normalized(channels, x.dtype, kernel_target(x.device)) and not _projects_keys(weights, channels)
 
 
 def statistics_of(tokens: Tensor, norm: GroupNorm) -> Tensor:

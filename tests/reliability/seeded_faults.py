@@ -26,6 +26,9 @@ WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-3.0-torch.float16
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
 PROJECTED = "tests/test_projected_tokens.py"
+NORMALIZED = "tests/test_normalized_maps.py"
+LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
+STATISTICS = NORMALIZED + "::TestStatistics::test_four_rows"
 SPLITS = "tests/test_key_splits.py::TestKernels::test_lse_and_y_are_those_of_all_keys"
 REFUSED = "tests/test_validation.py::test_inputs"
 
@@ -42,7 +45,7 @@ KERNELS = [
     in_interpreter("keys beyond the last weigh as zeros", "primitives",
                    'logits, float("-inf"))', "logits, 0.0)", TRAP + "[triton-(1, 64, 3, 3)-None-torch.float32]"),
     in_interpreter("row sum not rescaled from tile to tile", "primitives",
-                   "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)",
+                   "l_i * alpha + total", "l_i + total",
                    BRANCH + "[triton-(3, 16, 10, 10)-torch.float32-peaked]"),
     in_interpreter("accumulator not rescaled from tile to tile", "primitives",
                    "acc * alpha[:, None]", "acc", BRANCH + "[triton-(3, 16, 10, 10)-torch.float32-peaked]"),
@@ -62,8 +65,7 @@ KERNELS = [
     in_interpreter("γ twice", "primitives", "        branch *= gamma\n", "        branch *= gamma * gamma\n",
                    "tests/test_correctness.py::test_optional_parameters[triton-True-True-None]"),
     in_interpreter("weights of the last channels of a step left out", "primitives",
-                   "a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C, num_a, True)",
-                   "a = load_tile(a_ptr, tile_offsets(offs_k, offs_a, stride_ac, stride_al), offs_k, offs_a, C - 1, num_a, True)",
+                   "offs_k, offs_a, C, num_a, a_norm_ptr)", "offs_k, offs_a, C - 1, num_a, a_norm_ptr)",
                    BRANCH + PLAIN),
     in_interpreter("a projection's factor for its bias only", "primitives",
                    "        if b_ptr is not None:\n            projected += tl.load(b_ptr + offs_r",
@@ -123,6 +125,31 @@ KERNELS = [
                    TOKENS + "::TestKernels::test_rounding_of_the_values_mean_does_not_reach_the_keys"),
 ]  # fmt: skip
 
+NORMALIZED_MAPS = [
+    in_interpreter("moments of one split for all", "group_norm",
+                   "split_ptr = moments_ptr + (n * splits + split)", "split_ptr = moments_ptr + (n * splits)", STATISTICS),
+    in_interpreter("rounding of the mean lost", "group_norm",
+                   "bias - factor * (group_origin - group_mean + centre)", "bias",
+                   NORMALIZED + "::TestStatistics::test_a_mean_costs_no_digits"),
+    in_interpreter("variances of channels alone in that of their group", "group_norm",
+                   "square / num_tokens + off_centre * off_centre", "square / num_tokens", STATISTICS),
+    in_interpreter("rounding of the queries meets the mean of raw keys", "attention_forward",
+                   "- raw.to(tl.float32) * mean[None, :]", "- u.to(tl.float32) * (factor * mean)[None, :]",
+                   LSE),
+    in_interpreter("raw values for normalised ones", "attention_forward",
+                   "y = (y - mean[None, :]) * factor[None, :] + bias[None, :]", "y = y", NORMALIZED + "::TestRawKeys::test_block"),
+    in_interpreter("lse of raw keys", "attention_forward", "lse += offset", "lse += 0.0", LSE),
+    in_interpreter("norm of the first map for all", "qkv_projection", "norm_ptr += n * NORM_ROWS * C", "norm_ptr += 0",
+                   NORMALIZED + "::TestProjections::test_maps_do_not_see_each_other"),
+    in_interpreter("row sums of weights that are not rounded", "primitives",
+                   "row_sums(weights, SUM_BY_PRODUCT) if SUM_ROUNDED", "tl.sum(p, 1) if SUM_ROUNDED",
+                   LSE),
+    in_python("the map's own gradient left out", "map_attention", "d_leaves[0] = d_leaves[0] + d_out", "pass",
+              "tests/test_general_layer.py::test_the_whole_block[VQGAN]"),
+    in_python("the map left out of second derivatives", "map_attention", "        out = out + x\n", "        pass\n",
+              "tests/test_normalized_maps.py::test_any_subset_of_inputs_may_ask_for_a_gradient"),
+]  # fmt: skip
+
 WIDE_MAPS = [
     in_interpreter("parts of the channels counted as tiles of tokens", "wide_attention",
                    "tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn + tl",
@@ -166,7 +193,7 @@ LAUNCHERS = [
     Mutant("gradient of the keys not handed back", "kernels/qkv_projection.py",
            "d_k_ptr + n * stride_kn, stride_kc, stride_kl, w_k_ptr", "d_q_ptr + n * stride_qn, stride_qc, stride_ql, w_k_ptr",
            PROJECTED + "::test_blocks", True),
-    Mutant("hooks of a weight run twice", "visattn/projected_tokens.py",
+    Mutant("hooks of a weight run twice", "visattn/map_attention.py",
            "t if t is None or not need else t.view_as(t)", "t", PROJECTED + "::test_hooks_run_once", True),
     Mutant("bfloat16 in the interpreter", "visattn/dispatch.py", "if interpreting and x.dtype == torch.bfloat16:", "if False:",
            "tests/test_dispatch.py::test_bfloat16_is_refused_in_the_interpreter", True),
@@ -232,10 +259,10 @@ WIRING = [
               "autograd.Settings(qk_channels**-0.5 if", "autograd.Settings(x.shape[1]**-0.5 if",
               "tests/test_correctness.py::test_queries_of_any_width[torch"),
     in_python("normalised map added, not the map", "functional",
-              "added_inside = residual and norm is None and", "added_inside = residual and",
-              "tests/test_general_layer.py::test_the_whole_block[VQGAN]"),
+              "_run(settings._replace(residual=False), normalized(x, norm)", "_run(settings, normalized(x, norm)",
+              "tests/test_normalized_maps.py::test_a_compiler_sees_the_same"),
     in_python("roles not exchanged for softmax over the queries", "functional",
-              "w_q, b_q, w_k, b_k = w_k, b_k, w_q, b_q  # the", "pass  # the",
+              "b_k, weights = weights.b_q, weights._replace(w_q=weights.w_k, b_q=b_k, w_k=weights.w_q)", "pass",
               "tests/test_query_normalized.py::test_querys_bias_has_no_effect_and_no_gradient"),
     in_python("query and key exchanged", "modules",
               "return query.weight, key.weight, value.weight, query.bias",
@@ -407,4 +434,4 @@ PATCHING = [
               "tests/test_convert.py::test_layer_computes_what_the_block_did[guided-diffusion]"),
 ]  # fmt: skip
 
-MUTANTS = [*KERNELS, *WIDE_MAPS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *TRAINING, *PYTORCH, *PATCHING]
+MUTANTS = [*KERNELS, *NORMALIZED_MAPS, *WIDE_MAPS, *LAUNCHERS, *ALGEBRA, *WIRING, *DISPATCH, *TRAINING, *PYTORCH, *PATCHING]
