@@ -274,7 +274,7 @@ def attention_backward(
     """
     num_maps, num_channels, num_tokens = x.shape
     block_c = block_channels(num_channels)
-    u, d_y, d_u = torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)
+    u, d_y, d_u = (torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device) for _ in range(3))
     delta = torch.empty_like(lse)
 
     config = configs.prepare

@@ -13,7 +13,7 @@ MERGE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 MOMENTS_TILE = 64
 """Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
-MOMENTS_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+MOMENTS_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
 # registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
@@ -126,7 +126,7 @@ PROJECTED_TABLE: Table = {
     ("hopper", "tf32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
         64: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2)),
-        128: ((64, 64, ALL, 16, 4, 1), (128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, 64, 16, 4, 1)),
+        128: ((64, 64, ALL, 16, 8, 1), (128, 32, ALL, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, 64, 16, 4, 1)),
         256: ((64, 64, ALL, 16, 8, 1), (64, 32, 64, 16, 8, 1), (32, 64, ALL, 16, 8, 1),
              (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1)),
     },
