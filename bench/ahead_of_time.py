@@ -148,7 +148,7 @@ def layer_launches(
         return torch.empty(shape, dtype=of, device="meta")
 
     def new_map() -> torch.Tensor:
-        return empty(maps, tokens, channels).transpose(1, 2) if channels_last else empty(maps, channels, tokens)
+        return kernels.writable(empty(maps, tokens, channels).transpose(1, 2) if channels_last else empty(maps, channels, tokens))
 
     target = device.kernel_target(highest)
     width = qk_channels or channels
@@ -202,9 +202,8 @@ def token_launches(
     """
 
     def tokens(channels: int, length: int) -> torch.Tensor:
-        shape = (2, length, channels) if channels_last else (2, channels, length)
-        empty = torch.empty(shape, dtype=dtype, device="meta")
-        return empty.transpose(1, 2) if channels_last else empty
+        empty = torch.empty((2, length, channels), dtype=dtype, device="meta")
+        return empty.transpose(1, 2) if channels_last else kernels.empty_aligned(empty, (2, channels, length))
 
     configs = kernels.token_configs(qk_channels, value_channels, dtype, device.kernel_target(highest))
     q, d_q = (tokens(qk_channels, queries) for _ in range(2))
@@ -235,9 +234,10 @@ def projection_launches(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, d_x = (empty(2, tokens, channels).mT if channels_last else empty(2, channels, tokens) for _ in range(2))
+    maps = (empty(2, tokens, channels).mT if channels_last else empty(2, channels, tokens) for _ in range(2))
+    x, d_x = (kernels.writable(m) for m in maps)
     w_q, w_k, w_v = (empty(width, channels) for width in (qk_channels, qk_channels, value_channels))
-    d_q, d_k, d_v = (empty(2, width, tokens) for width in (qk_channels, qk_channels, value_channels))
+    d_q, d_k, d_v = (kernels.empty_aligned(x, (2, width, tokens)) for width in (qk_channels, qk_channels, value_channels))
     configs = kernels.projection_configs(channels, dtype, device.kernel_target(highest))
     with caught_launches() as launches:
         kernels.qkv_projection(
@@ -264,7 +264,8 @@ def normalized_launches(
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    x, y, out = (empty(128, tokens, channels).mT if channels_last else empty(128, channels, tokens) for _ in range(3))
+    maps = (empty(128, tokens, channels).mT if channels_last else empty(128, channels, tokens) for _ in range(3))
+    x, y, out = (kernels.writable(m) for m in maps)
     lse = torch.empty(128, tokens, device="meta")
     weight, vector, target = empty(channels, channels), empty(channels), device.kernel_target(highest)
     with caught_launches() as launches:

@@ -1,5 +1,6 @@
 """Triton kernels of visattn and their launchers. Installed as `visattn.kernels`; knows torch and triton only."""
 
+from .alignment import empty_aligned, empty_with_strides_of, readable, writable
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
 from .group_norm import group_statistics
@@ -42,6 +43,8 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "backward_configs",
+    "empty_aligned",
+    "empty_with_strides_of",
     "forward_config",
     "group_statistics",
     "projected_attention_backward",
@@ -51,6 +54,7 @@ __all__ = [
     "projects_keys",
     "qkv_projection",
     "qkv_projection_backward",
+    "readable",
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",
@@ -59,4 +63,5 @@ __all__ = [
     "wide_configs",
     "wide_key_value_gradient",
     "wide_query_gradient",
+    "writable",
 ]

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .alignment import empty_with_strides_of
 from .launch_config import BackwardConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
@@ -274,7 +275,7 @@ def attention_backward(
     """
     num_maps, num_channels, num_tokens = x.shape
     block_c = block_channels(num_channels)
-    u, d_y, d_u = (torch.empty_strided(y.shape, y.stride(), dtype=y.dtype, device=y.device) for _ in range(3))
+    u, d_y, d_u = (empty_with_strides_of(y) for _ in range(3))
     delta = torch.empty_like(lse)
 
     config = configs.prepare

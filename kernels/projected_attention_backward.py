@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .alignment import empty_with_strides_of
 from .launch_config import ProjectedConfigs, block_channels, num_tiles
 from .primitives import (
     LN2,
@@ -305,7 +306,7 @@ def projected_attention_backward(
     value_channels, num_keys = v.shape[1:]
     num_channels = d_out.shape[1]
     block_c, block_cv, block_d = block_channels(num_channels), block_channels(value_channels), block_channels(qk_channels)
-    d_y, mean_k, d_q, d_k = torch.empty_like(y), torch.empty_like(q), torch.empty_like(q), torch.empty_like(k)
+    d_y, mean_k, d_q, d_k = (empty_with_strides_of(t) for t in (y, q, q, k))
     delta = torch.empty_like(lse)
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .alignment import empty_aligned
 from .launch_config import LaunchConfig, block_channels, num_tiles
 from .primitives import NORM_ROWS, load_normalized, locate, project_back, project_tile, store_tile, tile_offsets
 
@@ -73,13 +74,13 @@ def qkv_projection(
     *,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The three projections of x (N, C, L), each (N, D, L), contiguous, in x's dtype, with a D of its own, or None where not asked for.
+    """The three projections of x (N, C, L), each (N, D, L) in aligned rows, with a D of its own, or None where not asked for.
 
     norm: what `group_statistics` tells of x, where it is the normalised map that is projected.
     """
     num_maps, num_channels, num_tokens = x.shape
     rows = [0 if p is None else p.weight.shape[0] for p in (q, k, v)]
-    out_q, out_k, out_v = (x.new_empty((num_maps, d, num_tokens)) if d else None for d in rows)
+    out_q, out_k, out_v = (empty_aligned(x, (num_maps, d, num_tokens)) if d else None for d in rows)
     arguments: list[torch.Tensor | float | None] = []
     for projection, out in ((q, out_q), (k, out_k), (v, out_v)):
         weight, bias, factor = projection or (None, None, None)

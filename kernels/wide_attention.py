@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .alignment import empty_with_strides_of
 from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
 from .attention_forward import attend_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
@@ -216,7 +217,7 @@ def wide_query_gradient(
 
     x, u, y and lse as the forward pass took and left them; d_y (N, C, L), the gradient of y, has the strides of u.
     """
-    d_u, delta = torch.empty_like(y), torch.empty_like(lse)
+    d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
     wide_query_gradient_kernel[_grid(x, config.block_m)](
         x, *x.stride(),
         u, d_y, *u.stride(),

@@ -17,6 +17,12 @@ def empty_map_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
+def deliver(written: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies tokens (N, C, L) to the map out (N, C, H, W), if they were not written there."""
+    if written.data_ptr() != out.data_ptr():
+        out.flatten(2).copy_(written)
+
+
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     """With its numbers in memory, where kernels read them: the imaginary part of a conjugate is negated by whoever reads it."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
 from .folding import Moments, Weights
-from .layout import contiguous, empty_map_like, in_memory
+from .layout import contiguous, deliver, empty_map_like, in_memory
 from .normalization import GroupNorm
 
 
@@ -44,21 +44,23 @@ def forward(
     projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights, channels) else None
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target)
     out = empty_map_like(x)
-    out_tokens = out.flatten(2)
-    y = torch.empty_like(out_tokens) if save or config.steps_over_channels(channels) else None
+    written = kernels.writable(out.flatten(2))
+    y = kernels.empty_with_strides_of(written) if save or config.steps_over_channels(channels) else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
     if maps:
-        tokens, weights = x.flatten(2), weights.map(contiguous)
+        weights = weights.map(contiguous)
         with on_device_of(x):
+            tokens = kernels.readable(x.flatten(2))
             if projected:
                 q, k = _queries_and_keys(tokens, weights, scale, projected)
                 kernels.projected_attention_forward(
-                    q, k, tokens, tokens, weights.w_v, weights.b_v, weights.gamma, out_tokens, y, lse,
+                    q, k, tokens, tokens, weights.w_v, weights.b_v, weights.gamma, written, y, lse,
                     residual=residual, config=config,
                 )  # fmt: skip
             else:
                 statistics = None if norm is None else statistics_of(tokens, norm)
-                kernels.attention_forward(tokens, *weights, out_tokens, y, lse, statistics, scale=scale, residual=residual, config=config)
+                kernels.attention_forward(tokens, *weights, written, y, lse, statistics, scale=scale, residual=residual, config=config)
+            deliver(written, out)
     return out, y if save else None, lse
 
 
@@ -85,10 +87,11 @@ def backward(
         return wide_triton_backend.backward(x, d_out, weights, y, lse, scale, residual, need_x, need_weights)
 
     configs = kernels.backward_configs(channels, x.dtype, target)
-    tokens, g, d_tokens = x.flatten(2), d_out.flatten(2), None if d_x is None else d_x.flatten(2)
     weights = weights.map(contiguous)
     w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
+        tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
+        d_tokens = None if d_x is None else kernels.writable(d_x.flatten(2))
         d_k = None
         if _projects_keys(weights, channels):
             projected = kernels.projected_configs(channels, x.dtype, target)
@@ -100,6 +103,8 @@ def backward(
             d_q = kernels.attention_backward(
                 tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=configs
             )
+        if d_x is not None and d_tokens is not None:
+            deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, None
         if d_k is None:

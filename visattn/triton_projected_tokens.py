@@ -14,7 +14,7 @@ from torch.nn.functional import max_pool2d
 
 from . import kernels
 from .device import kernel_target, on_device_of
-from .layout import contiguous, empty_map_like, in_memory
+from .layout import contiguous, deliver, empty_map_like, in_memory
 from .normalization import GroupNorm
 from .triton_backend import statistics_of
 
@@ -26,7 +26,6 @@ class _Operands(NamedTuple):
     k_index, v_index: where the maxima of windows lie among the L tokens; None where nothing is pooled, and K = L.
     """
 
-    tokens: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
@@ -56,12 +55,11 @@ def forward(
     if not maps:
         return y, lse, None
     with on_device_of(x):
-        x = in_memory(x)
-        tokens = x.flatten(2)
+        tokens = kernels.readable(in_memory(x).flatten(2))
         statistics = None if norm is None else statistics_of(tokens, norm)
         mean = tokens.mean(2) if statistics is None else statistics[:, -1].to(x.dtype)
-        operands = _operands(x, mean, w_q, w_k, w_v, b_q, pool, scale, statistics)
-        q, k, v, c = (_heads(t, num_heads) for t in operands[1:5])
+        operands = _operands(tokens, (height, width), mean, w_q, w_k, w_v, b_q, pool, scale, statistics)
+        q, k, v, c = (_heads(t, num_heads) for t in operands[:4])
         config = kernels.token_configs(q.shape[1], v.shape[1], x.dtype, kernel_target(x.device)).forward
         kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
     return y, lse, mean
@@ -90,9 +88,10 @@ def backward(
     target = kernel_target(h.device)
     with on_device_of(h):
         assert mean is not None
-        tokens, *operands, k_index, v_index = _operands(in_memory(h), mean, w_q, w_k, w_v, b_q, pool, scale, None)
+        tokens = kernels.readable(in_memory(h).flatten(2))
+        *operands, k_index, v_index = _operands(tokens, (h.shape[2], h.shape[3]), mean, w_q, w_k, w_v, b_q, pool, scale, None)
         q, k, v, c = (_heads(t, num_heads) for t in operands)
-        d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
+        d_q, d_k, d_v = (kernels.empty_aligned(t, t.shape) for t in (q, k, v))
         configs = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, target)
         kernels.token_attention_backward(q, k, v, c, in_memory(d_y), y, lse, d_q, d_k, d_v, scale=scale, configs=configs)
         d_q, d_k, d_v = (t.reshape(len(h), -1, t.shape[2]) for t in (d_q, d_k, d_v))
@@ -102,7 +101,9 @@ def backward(
         of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
         if d_h is not None:
             weights = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
-            kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_h.flatten(2), config=of_projections.backward)
+            d_tokens = kernels.writable(d_h.flatten(2))
+            kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_tokens, config=of_projections.backward)
+            deliver(d_tokens, d_h)
         if not need_weights:
             return [d_h, None, None, None, None]
         (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=of_projections.token_moments)
@@ -114,7 +115,8 @@ def backward(
 
 
 def _operands(
-    x: Tensor,
+    tokens: Tensor,
+    size: tuple[int, int],
     mean: Tensor,
     w_q: Tensor,
     w_k: Tensor,
@@ -124,23 +126,21 @@ def _operands(
     scale: float,
     statistics: Tensor | None,
 ) -> _Operands:
-    """What attends to the map x (N, C, H, W), or to the normalised map where its statistics are given; mean (N, C) is that of either."""
-    tokens = x.flatten(2)
+    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; mean (N, C) is that of either."""
     w_q, w_k, w_v = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
     queries = kernels.Projection(w_q, None if b_q is None else contiguous(b_q), scale * math.log2(math.e))
-    config = kernels.projection_configs(x.shape[1], x.dtype, kernel_target(x.device)).qkv_projection
+    config = kernels.projection_configs(tokens.shape[1], tokens.dtype, kernel_target(tokens.device)).qkv_projection
     if pool == 1:
         k_mean, v_mean = (contiguous(mean @ w.mT) for w in (w_k, w_v))  # of maps in strange strides they need not be
         keys, values = kernels.Projection(w_k, -k_mean), kernels.Projection(w_v, -v_mean)
         q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
-        return _Operands(tokens, q, k, v, v_mean, None, None)
+        return _Operands(q, k, v, v_mean, None, None)
     keys, values = kernels.Projection(w_k), kernels.Projection(w_v)
     q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
-    (k, k_index), (v, v_index) = (
-        [t.flatten(2) for t in max_pool2d(m.unflatten(2, x.shape[2:]), pool, return_indices=True)] for m in (k, v)
-    )
+    (k, k_index), (v, v_index) = ([t.flatten(2) for t in max_pool2d(m.unflatten(2, size), pool, return_indices=True)] for m in (k, v))
     k_mean, v_mean = (t.mean(2, keepdim=True) for t in (k, v))  # that of maxima is not that of what they were chosen from
-    return _Operands(tokens, q, k - k_mean, v - v_mean, contiguous(v_mean[:, :, 0]), k_index, v_index)
+    k, v = (torch.sub(t, t_mean, out=kernels.empty_aligned(t, t.shape)) for t, t_mean in ((k, k_mean), (v, v_mean)))
+    return _Operands(q, k, v, contiguous(v_mean[:, :, 0]), k_index, v_index)
 
 
 def _present(projections: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -149,9 +149,9 @@ def _present(projections: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
 
 def _unpooled(d: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
     """The gradient of all tokens (N, E, L) from that of maxima (N, E, K), whose windows do not overlap."""
-    return d.new_zeros((*d.shape[:2], tokens.shape[2])).scatter_(2, index, d)
+    return kernels.empty_aligned(d, (*d.shape[:2], tokens.shape[2])).zero_().scatter_(2, index, d)
 
 
 def _heads(t: Tensor, num_heads: int) -> Tensor:
-    """(N, heads · D, …), contiguous, as one head after the other, (N·heads, D, …)."""
+    """(N, heads · D, …), with nothing between its maps, as one head after the other, (N·heads, D, …), a view."""
     return t if num_heads == 1 else t.reshape(t.shape[0] * num_heads, t.shape[1] // num_heads, *t.shape[2:])

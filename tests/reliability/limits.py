@@ -72,11 +72,11 @@ def scattered_allocations(arrangement: str) -> Iterator[None]:
     """Within the block, all that the Triton path makes for maps and tokens is scattered as well."""
     from visattn import triton_backend, triton_projected_tokens, wide_triton_backend
 
-    empty_like, new_empty, heads = torch.empty_like, torch.Tensor.new_empty, triton_projected_tokens._heads
+    empty_strided, new_empty, heads = torch.empty_strided, torch.Tensor.new_empty, triton_projected_tokens._heads
 
-    def like(tensor: Tensor, **options: Any) -> Tensor:
-        of_tokens = tensor.dim() == 3 and tensor.untyped_storage().nbytes() > INT32
-        return _untouched(tensor.shape, tensor.stride(), tensor.dtype) if of_tokens else empty_like(tensor, **options)
+    def strided(shape: tuple[int, ...], strides: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        far = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) >= INT32
+        return _untouched(shape, strides, dtype) if far else empty_strided(shape, strides, dtype=dtype, device=device)
 
     def new(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
         made = new_empty(tensor, *arguments, **options)
@@ -92,7 +92,7 @@ def scattered_allocations(arrangement: str) -> Iterator[None]:
     with (
         mock.patch.object(wide_triton_backend, "empty_map_like", map_like),
         mock.patch.object(wide_triton_backend, "folded_queries", lambda *a: scattered(torch_backend.folded_queries(*a), arrangement)),
-        mock.patch.object(torch, "empty_like", like),
+        mock.patch.object(torch, "empty_strided", strided),
         mock.patch.object(torch.Tensor, "new_empty", new),
         mock.patch.object(triton_backend, "empty_map_like", map_like),
         mock.patch.object(triton_projected_tokens, "empty_map_like", map_like),
