@@ -160,6 +160,11 @@ def test_projections(name, precision, widths, channels_last):
     check_projections(name, precision, *widths, channels_last=channels_last)
 
 
+@pytest.mark.parametrize(("name", "precision", "channels"), [("sm_90", "bf16", 128), ("sm_80", "bf16", 256)])
+def test_rows_that_begin_anywhere(name, precision, channels):
+    check(name, precision, channels, tokens=196)
+
+
 @pytest.mark.parametrize(
     ("name", "precision", "channels", "channels_last"),
     [("sm_90", "bf16", 64, False), ("sm_80", "bf16", 128, True), ("gfx942", "fp16", 32, False)],
