@@ -174,7 +174,7 @@ class Recorder(TorchFunctionMode):
 
 def _kind_of(function: Any) -> str:
     name = function.__name__
-    if name in ("empty", "empty_like", "new_empty", "zeros_like"):
+    if name in ("empty", "empty_like", "empty_strided", "new_empty", "zeros_like"):
         return "allocation"
     return "views" if name in ("__get__", "flatten", "reshape", "contiguous") else "operations of the gradients of weights"
 
