@@ -229,7 +229,10 @@ def projection_launches(
     highest: bool = True,
     channels_last: bool = False,
 ) -> list[Launch]:
-    """What attention on tokens launches before and after itself, on a map of `tokens` pixels: projections, and their gradients."""
+    """What attention on tokens launches before and after itself, on a map of `tokens` pixels: projections, and their gradients.
+
+    The output is projected by a kernel up to `kernels.FUSED_CHANNELS`.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -248,6 +251,10 @@ def projection_launches(
             config=configs.qkv_projection,
         )
         kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_x, config=configs.backward)
+        if max(channels, value_channels) <= kernels.FUSED_CHANNELS:
+            of_values = kernels.projection_configs(value_channels, dtype, device.kernel_target(highest)).qkv_projection
+            w_o, b_o, gamma = empty(channels, value_channels), empty(channels), empty(1)
+            kernels.output_projection(d_v, w_o, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_values)
         kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
         kernels.token_moments(d_v, x, config=configs.token_moments)
     return launches

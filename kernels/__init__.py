@@ -22,6 +22,7 @@ from .launch_config import (
     token_configs,
     wide_configs,
 )
+from .output_projection import output_projection
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
 from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
@@ -47,6 +48,7 @@ __all__ = [
     "empty_with_strides_of",
     "forward_config",
     "group_statistics",
+    "output_projection",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",

@@ -178,9 +178,9 @@ def store_output(
     y, y_ptr, stride_yc, stride_yl, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
     out_ptr, stride_oc, stride_ol, offs_cv, offs_m, num_tokens,
     C: tl.constexpr, C_V: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr, factor=None,
 ):  # fmt: skip
-    """Writes `x + γ (W_v y + b_v)` of a tile of tokens to out_ptr (C, num_tokens), x only with RESIDUAL.
+    """Writes `x + γ (W_v y + b_v)`, times factor if there is one, of a tile of tokens to out_ptr (C, num_tokens), x only with RESIDUAL.
 
     y (BLOCK_M, BLOCK_CV), or, where that is wider than BLOCK_K, in y_ptr (C_V, num_tokens); w_v_ptr (C, C_V); b_v_ptr (C) or
     None; gamma_ptr (1) or None; x_ptr (C, num_tokens).
@@ -201,6 +201,8 @@ def store_output(
         branch *= gamma
         if RESIDUAL:
             branch += load_tile(x_ptr, tile_offsets(offs_r, offs_m, stride_xc, stride_xl), offs_r, offs_m, C, num_tokens, True)
+        if factor is not None:
+            branch *= factor
         store_tile(out_ptr, tile_offsets(offs_r, offs_m, stride_oc, stride_ol), branch, offs_r, offs_m, C, num_tokens)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import autograd, block, channel, dispatch, map_attention, projected_tokens, query_normalized, validation
+from . import autograd, block, channel, dispatch, map_attention, projected_output, projected_tokens, query_normalized, validation
 from .device import autocast_is_enabled
 from .folding import Weights
 from .normalization import GroupNorm, normalized
@@ -167,7 +167,7 @@ def _block(
             residual = residual and not added_inside
         else:
             y = projected_tokens.attend(narrow_x, norm, weights, num_heads, pool, factor, selected)
-            out = block.branch_of(y, weights, num_heads, x.shape)
+            return projected_output.joined(x, y, weights, num_heads, residual, res_scale, selected)
         return block.joined(x, out, residual, res_scale)
 
 

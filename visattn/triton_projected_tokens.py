@@ -45,12 +45,12 @@ def forward(
     scale: float,
     norm: GroupNorm | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, lse, mean)`: y (N·heads, V/heads, L), lse (N·heads, L) in fp32, base 2, of the logits with these keys.
+    """`(y, lse, mean)`: y (N·heads, V/heads, L) in aligned rows, lse (N·heads, L) in fp32, base 2, of the logits with these keys.
 
     mean (N, C) is that of h, by which keys and values are centred, or None where nobody needs it.
     """
     maps, _, height, width = x.shape
-    y = x.new_empty((maps * num_heads, w_v.shape[0] // num_heads, height * width))
+    y = kernels.empty_aligned(x, (maps * num_heads, w_v.shape[0] // num_heads, height * width))
     lse = x.new_empty((maps * num_heads, height * width), dtype=torch.float32)
     if not maps:
         return y, lse, None

@@ -1,0 +1,61 @@
+"""What ends a block with heads: output projection, γ, residual and the factor of the sum, in one pass."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import LaunchConfig, block_channels, num_tiles
+from .primitives import load_tile, locate, store_output, tile_offsets
+
+
+@triton.jit
+def output_projection_kernel(
+    y_ptr, stride_yn, stride_yc, stride_yl,
+    w_ptr, b_ptr, gamma_ptr,
+    x_ptr, stride_xn, stride_xc, stride_xl,
+    out_ptr, stride_on, stride_oc, stride_ol,
+    num_tokens, factor,
+    C: tl.constexpr, V: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes `factor · (x + γ (W y + b))` of BLOCK_L tokens of one map, rounded once.
+
+    y_ptr (N, V, L); w_ptr (C, V); b_ptr (C) or None; gamma_ptr (1) or None; x_ptr, out_ptr (N, C, L), x only with RESIDUAL; factor a
+    number or None.
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    y = load_tile(y_ptr + n * stride_yn, tile_offsets(offs_v, offs_l, stride_yc, stride_yl), offs_v, offs_l, V, num_tokens, True)
+    store_output(
+        tl.trans(y), None, 0, 0, w_ptr, b_ptr, gamma_ptr, x_ptr + n * stride_xn, stride_xc, stride_xl,
+        out_ptr + n * stride_on, stride_oc, stride_ol, offs_v, offs_l, num_tokens,
+        C, V, RESIDUAL, BLOCK_V, BLOCK_R, INPUT_PRECISION, factor,
+    )  # fmt: skip
+
+
+def output_projection(
+    y: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    residual: bool,
+    factor: float | None,
+    config: LaunchConfig,
+) -> None:
+    """Fills `out` (N, C, L) from y (N, V, L) and x (N, C, L), any strides; weight (C, V), bias (C), gamma one element, contiguous."""
+    num_maps, value_channels, num_tokens = y.shape
+    output_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+        y, *y.stride(),
+        weight, bias, gamma,
+        x, *x.stride(),
+        out, *out.stride(),
+        num_tokens, factor,
+        C=x.shape[1], V=value_channels, RESIDUAL=residual,
+        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip

@@ -1,0 +1,118 @@
+"""The end of a block with heads, `res_scale · (x + γ (W_o (y + b_v) + b_o))`: one function on the kernels, steps everywhere else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import block
+from .autograd import transforms_are_active, without_autocast
+from .device import kernel_target, on_device_of
+from .layout import contiguous, deliver, empty_map_like, in_memory
+
+
+def joined(x: Tensor, y: Tensor, weights: block.Weights, num_heads: int, residual: bool, res_scale: float, backend: str) -> Tensor:
+    """A map like x (N, C, H, W), for y (N·heads, V/heads, L) without b_v."""
+    looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
+    if backend == "triton" and not looked_at and _projects(x, weights):
+        y = y.reshape(len(x), y.shape[1] * num_heads, y.shape[2])
+        bias = block.output_bias(weights, y.dtype)
+        return ProjectedOutput.apply(x, y, weights.w_o, bias, weights.gamma, residual, res_scale)
+    return block.joined(x, block.branch_of(y, weights, num_heads, x.shape), residual, res_scale)
+
+
+def _projects(x: Tensor, weights: block.Weights) -> bool:
+    """Whether the kernels project y, of as many channels as they hold, to a map x of y's dtype."""
+    from . import kernels
+
+    w_o = weights.w_o
+    return w_o is not None and x.dtype == w_o.dtype and max(x.shape[1], w_o.shape[1]) <= kernels.FUSED_CHANNELS
+
+
+class ProjectedOutput(torch.autograd.Function):
+    """(x, y (N, V, L), w_o, bias, gamma, residual, res_scale) → out, a map like x, on the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, w_o: Tensor, bias: Tensor | None, gamma: Tensor | None, residual: bool, res_scale: float
+    ) -> Tensor:
+        from . import kernels
+
+        out = empty_map_like(x)
+        if x.numel():
+            config = kernels.projection_configs(y.shape[1], x.dtype, kernel_target(x.device)).qkv_projection
+            with on_device_of(x):
+                written = kernels.writable(out.flatten(2))
+                weight, b, g = (None if t is None else contiguous(t) for t in (w_o.flatten(1), bias, gamma))
+                kernels.output_projection(
+                    kernels.readable(y), weight, b, g, kernels.readable(in_memory(x).flatten(2)), written,
+                    residual=residual, factor=None if res_scale == 1.0 else res_scale, config=config,
+                )  # fmt: skip
+                deliver(written, out)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, w_o, bias, gamma)
+        ctx.settings = residual, res_scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple:
+        if d_out is None:
+            return (None,) * 7
+        needed = ctx.needs_input_grad[:5]
+        with without_autocast(d_out):
+            if torch.is_grad_enabled() or transforms_are_active():
+                gradients = _differentiable_gradients(d_out, ctx.saved_tensors, needed, *ctx.settings)
+            else:
+                gradients = _gradients(d_out, ctx.saved_tensors, needed, *ctx.settings)
+        return *gradients, None, None
+
+
+def _gradients(
+    d_out: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], residual: bool, res_scale: float
+) -> list[Tensor | None]:
+    """One for each input, None where not needed."""
+    from . import kernels
+
+    _, y, w_o, bias, gamma = inputs
+    assert y is not None
+    assert w_o is not None
+    g = d_out if res_scale == 1.0 else res_scale * d_out
+    d_x = g if residual else None
+    if not g.numel():
+        return [d_x, *(None if t is None else torch.zeros_like(t) for t in inputs[1:])]
+    d_y = d_w = d_bias = d_gamma = None
+    weight, target = w_o.flatten(1), kernel_target(g.device)
+    with on_device_of(g):
+        tokens = kernels.readable(in_memory(g).flatten(2))
+        if needed[1]:
+            scaled = weight if gamma is None else gamma * weight
+            config = kernels.projection_configs(tokens.shape[1], g.dtype, target).qkv_projection
+            d_y = kernels.qkv_projection(tokens, kernels.Projection(contiguous(scaled.mT)), config=config)[0]
+        if any(needed[2:]):
+            config = kernels.projection_configs(y.shape[1], g.dtype, target).token_moments
+            (d_w,), (d_bias,) = kernels.token_moments(tokens, kernels.readable(y), config=config)
+    if d_w is not None and d_bias is not None and gamma is not None:
+        d_gamma = (weight * d_w).sum()
+        if bias is not None:
+            d_gamma = d_gamma + bias.to(d_bias.dtype) @ d_bias
+        d_w, d_bias = gamma * d_w, gamma * d_bias
+    found = (d_x, d_y, d_w, d_bias, d_gamma)
+    return [
+        d.to(t.dtype).reshape(t.shape) if need and d is not None and t is not None else None
+        for d, t, need in zip(found, inputs, needed, strict=True)
+    ]
+
+
+def _differentiable_gradients(
+    d_out: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], residual: bool, res_scale: float
+) -> list[Tensor | None]:
+    """The same with a graph behind them, from the steps; views of the inputs, whose hooks would run twice."""
+    views = [t if t is None or not need else t.view_as(t) for t, need in zip(inputs, needed, strict=True)]
+    x, y, w_o, bias, gamma = views
+    assert x is not None
+    assert y is not None
+    branch = block.projected_branch(y.unflatten(2, x.shape[2:]), w_o, bias, gamma)
+    wanted = [t for t, need in zip(views, needed, strict=True) if t is not None and need]
+    gradients = torch.autograd.grad(block.joined(x, branch, residual, res_scale), wanted, d_out, create_graph=True, allow_unused=True)
+    found = iter(gradients)
+    return [next(found) if need else None for need in needed]
