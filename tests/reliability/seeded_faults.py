@@ -28,6 +28,7 @@ TOKENS = "tests/test_token_attention.py"
 PROJECTED = "tests/test_projected_tokens.py"
 NORMALIZED = "tests/test_normalized_maps.py"
 LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
+OUTPUT = "tests/test_projected_output.py::test_blocks"
 STATISTICS = NORMALIZED + "::TestStatistics::test_four_rows"
 SPLITS = "tests/test_key_splits.py::TestKernels::test_lse_and_y_are_those_of_all_keys"
 REFUSED = "tests/test_validation.py::test_inputs"
@@ -144,6 +145,13 @@ NORMALIZED_MAPS = [
     in_interpreter("row sums of weights that are not rounded", "primitives",
                    "row_sums(weights, SUM_BY_PRODUCT) if SUM_ROUNDED", "tl.sum(p, 1) if SUM_ROUNDED",
                    LSE),
+    in_interpreter("factor of the sum left out", "primitives", "branch *= factor", "branch *= 1.0", OUTPUT),
+    Mutant("gradient of W_o without γ", "visattn/projected_output.py",
+           "d_w, d_bias = gamma * d_w, gamma * d_bias", "pass", OUTPUT, True),
+    Mutant("gradient of γ without the bias", "visattn/projected_output.py",
+           "d_gamma = d_gamma + bias.to(d_bias.dtype) @ d_bias", "pass", OUTPUT, True),
+    Mutant("gradients without the factor of the sum", "visattn/projected_output.py",
+           "g = d_out if res_scale == 1.0 else res_scale * d_out", "g = d_out", OUTPUT, True),
     Mutant("result left where it was written", "visattn/layout.py", "if written.data_ptr() != out.data_ptr():", "if False:",
            "tests/test_alignment.py::test_branch_and_gradients", True),
     Mutant("gaps that are not there", "kernels/alignment.py",
