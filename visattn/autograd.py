@@ -5,6 +5,7 @@ second derivatives) is computed here once for both. ops.py wires the same steps 
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -78,6 +79,24 @@ def derives_forwards() -> bool:
 def transforms_are_active() -> bool:
     """Whether `torch.func` looks at the call; PyTorch asks itself the same before it applies a function."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_looked_at() -> bool:
+    """Whether a compiler, `torch.jit.trace` or `torch.func` looks at the call, which then takes steps that they know."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
+
+
+def gradients_of_steps(
+    steps: Callable[[list[Any]], Tensor], d_out: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of `steps(inputs)` with a graph behind them, None where not needed.
+
+    The steps start from views of the inputs, or hooks of the inputs would run here and again where the gradients arrive.
+    """
+    views = [t if t is None or not need else t.view_as(t) for t, need in zip(inputs, needed, strict=True)]
+    wanted = [t for t, need in zip(views, needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(steps(views), wanted, d_out, create_graph=True))
+    return [next(found) if need else None for need in needed]
 
 
 class SelfAttention(torch.autograd.Function):

@@ -121,7 +121,7 @@ def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm |
     """The same for a map that may be normalised before; what is added is the map itself."""
     if norm is None:
         return _run(settings, x, b_k, weights)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or autograd.transforms_are_active():
+    if autograd.is_looked_at():
         out = _run(settings._replace(residual=False), normalized(x, norm), b_k, weights)
         return x + out if settings.residual else out
     return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), (b_k, *weights))

@@ -92,19 +92,17 @@ def _gradients(
 def _differentiable_gradients(
     d_out: Tensor, kind: AttentionKind, norm: GroupNorm | None, inputs: Tensors, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same with a graph behind them, from the steps.
+    """The same with a graph behind them."""
 
-    The steps start from views of the inputs, or hooks of the inputs would run here and again where the gradients arrive.
-    """
-    views = [t if t is None or not need else t.view_as(t) for t, need in zip(inputs, needed, strict=True)]
-    x = views[0]
-    assert x is not None
-    out = kind.in_steps(_normalized(views, norm), views[3:])
-    if kind.adds_input:
-        out = out + x
-    wanted = [t for t, need in zip(views, needed, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(out, wanted, d_out, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    def steps(views: list[Tensor | None]) -> Tensor:
+        x = views[0]
+        assert x is not None
+        out = kind.in_steps(_normalized(views, norm), views[3:])
+        if kind.adds_input:
+            out = out + x
+        return out
+
+    return autograd.gradients_of_steps(steps, d_out, inputs, needed)
 
 
 def _normalized(inputs: Tensors, norm: GroupNorm | None) -> Tensor:

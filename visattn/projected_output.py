@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from . import block
-from .autograd import transforms_are_active, without_autocast
+from .autograd import gradients_of_steps, is_looked_at, transforms_are_active, without_autocast
 from .device import kernel_target, on_device_of
 from .layout import contiguous, deliver, empty_map_like, in_memory
 
 
 def joined(x: Tensor, y: Tensor, weights: block.Weights, num_heads: int, residual: bool, res_scale: float, backend: str) -> Tensor:
     """A map like x (N, C, H, W), for y (N·heads, V/heads, L) without b_v."""
-    looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
-    if backend == "triton" and not looked_at and _projects(x, weights):
+    if backend == "triton" and not is_looked_at() and _projects(x, weights):
         y = y.reshape(len(x), y.shape[1] * num_heads, y.shape[2])
         bias = block.output_bias(weights, y.dtype)
         return ProjectedOutput.apply(x, y, weights.w_o, bias, weights.gamma, residual, res_scale)
@@ -106,13 +105,12 @@ def _gradients(
 def _differentiable_gradients(
     d_out: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], residual: bool, res_scale: float
 ) -> list[Tensor | None]:
-    """The same with a graph behind them, from the steps; views of the inputs, whose hooks would run twice."""
-    views = [t if t is None or not need else t.view_as(t) for t, need in zip(inputs, needed, strict=True)]
-    x, y, w_o, bias, gamma = views
-    assert x is not None
-    assert y is not None
-    branch = block.projected_branch(y.unflatten(2, x.shape[2:]), w_o, bias, gamma)
-    wanted = [t for t, need in zip(views, needed, strict=True) if t is not None and need]
-    gradients = torch.autograd.grad(block.joined(x, branch, residual, res_scale), wanted, d_out, create_graph=True, allow_unused=True)
-    found = iter(gradients)
-    return [next(found) if need else None for need in needed]
+    """The same with a graph behind them."""
+
+    def steps(views: list[Tensor]) -> Tensor:
+        x, y, w_o, bias, gamma = views
+        branch = block.projected_branch(y.unflatten(2, x.shape[2:]), w_o, bias, gamma)
+        return block.joined(x, branch, residual, res_scale)
+
+    need_x, *need_others = needed
+    return gradients_of_steps(steps, d_out, inputs, (need_x and residual, *need_others))

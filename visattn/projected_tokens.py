@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import block, map_attention, token_attention
-from .autograd import transforms_are_active
+from .autograd import is_looked_at
 from .map_attention import Tensors
 from .normalization import GroupNorm, normalized
 
@@ -21,8 +21,7 @@ def attend(x: Tensor, norm: GroupNorm | None, weights: block.Weights, num_heads:
     """y (N·heads, V/heads, L) without b_v, for a map x (N, C, H, W), all in one dtype."""
     w_q, w_k, w_v, b_q, b_k = weights[:5]
     kind = AttentionOnTokens(num_heads, pool, scale)
-    looked_at = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
-    if backend == "triton" and not looked_at and projects(x):
+    if backend == "triton" and not is_looked_at() and projects(x):
         return map_attention.attend(x, None if norm is None else norm.to(x.dtype), kind, (w_q, w_k, w_v, b_q, b_k))
     return _in_steps(normalized(x, norm), weights, *kind, backend)
 
