@@ -106,8 +106,8 @@ class TestRawKeys:
     )
     def test_block(self, dtype, regime, attending_kernel):
         """Not saturated rows in fp32: the backward pass computes their weights again from keys that are rounded otherwise."""
-        assert_correct([make_problem(FOLDED, dtype, maps=2, size=(5, 15), regime=regime, seed=s, residual=False) for s in range(3)])
-        assert attending_kernel == [24] * 3
+        assert_correct([make_problem(FOLDED, dtype, maps=2, size=(5, 15), regime=regime, seed=s, residual=False) for s in range(6)])
+        assert attending_kernel == [24] * 6
 
     def test_every_part_of_the_block(self, attending_kernel):
         """γ, an output projection that is folded into the values, and the map itself, which is added as it is."""

@@ -12,7 +12,7 @@ from visattn import functional, projected_tokens, reference, token_attention, us
 
 from .conftest import HAS_GPU
 from .general_problems import BLOCKS, Block, make_problem, run, run_on_kernels, truth_of
-from .oracle import complaints, stacked
+from .oracle import complaints, relative_rms, stacked
 
 kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
 pytestmark = pytest.mark.kernels
@@ -65,6 +65,15 @@ def test_rounding_of_the_keys_gradient_does_not_meet_a_large_mean():
     truth = stacked([truth_of(reference.self_attention_2d, p) for p in problems])["w_k"]
     eager = stacked([run(reference.self_attention_2d, p) for p in problems])["w_k"].double()
     assert (ours - truth).abs().max() < 0.004 * (eager - truth).abs().max()
+
+
+def test_rounding_of_the_values_gradient_does_not_meet_a_large_mean():
+    """Σ dv is Σ dy, which no rounded weight has met. Measured 0.87 of what eager loses, and 3.1 where Σ dv meets the mean of the map."""
+    problems = [make_problem(HEADS, torch.float32, maps=1, size=(6, 6), mean=30.0, seed=s, residual=False) for s in range(6)]
+    ours = stacked([run_on_kernels(p, PLACE) for p in problems])["w_v"]
+    truth = stacked([truth_of(reference.self_attention_2d, p) for p in problems])["w_v"]
+    eager = stacked([run(reference.self_attention_2d, p) for p in problems])["w_v"]
+    assert relative_rms(ours, truth) < 1.7 * relative_rms(eager, truth)
 
 
 def test_maps_do_not_see_each_other():

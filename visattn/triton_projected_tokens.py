@@ -107,9 +107,12 @@ def backward(
         if not need_weights:
             return [d_h, None, None, None, None]
         (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=of_projections.token_moments)
-        (value,), _ = kernels.token_moments(d_v, tokens, config=of_projections.token_moments)
-    # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
-    key = torch.addr(key, key_total, mean.mean(0, dtype=torch.float32), alpha=-1)
+        (value,), (value_total,) = kernels.token_moments(d_v, tokens, config=of_projections.token_moments)
+        y_total = d_y.unflatten(0, (len(h), num_heads)).sum((0, 3), dtype=torch.float32).flatten()
+    # Σ dk_i is zero and Σ dv_i is Σ dy_i but for rounding, which is kept from multiplying the mean of the map.
+    average = mean.mean(0, dtype=torch.float32)
+    key = torch.addr(key, key_total, average, alpha=-1)
+    value = torch.addr(value, value_total - y_total, average, alpha=-1)
     gradients = [g.to(w.dtype).view_as(w) for g, w in ((query, w_q), (key, w_k), (value, w_v))]
     return [d_h, *gradients, None if b_q is None else query_total.to(b_q.dtype)]
 
