@@ -282,7 +282,7 @@ def normalized_launches(
         if kernels.attends_normalized(channels, dtype, target):
             kernels.attention_forward(
                 x, weight, vector, weight, weight, vector, vector[:1], out, y, lse, norm,
-                scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
+                scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target, True),
             )  # fmt: skip
     return launches
 

@@ -39,6 +39,6 @@ def empty_aligned(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return like.new_empty((*outer, num_tiles(length, MULTIPLE) * MULTIPLE))[..., :length]
 
 
-def empty_with_strides_of(tokens: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def empty_with_strides_of(tokens: torch.Tensor) -> torch.Tensor:
     """Uninitialised, with gaps where tokens has some, for kernels that are told the strides of both once."""
-    return torch.empty_strided(tokens.shape, tokens.stride(), dtype=dtype or tokens.dtype, device=tokens.device)
+    return torch.empty_strided(tokens.shape, tokens.stride(), dtype=tokens.dtype, device=tokens.device)

@@ -49,6 +49,44 @@ def attend_keys(
 
 
 @triton.jit
+def attend_all_keys(
+    u, u_ptr, stride_uc, stride_ul, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_c, num_keys,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_BY_LOOP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SUM_ROUNDED: tl.constexpr = False,
+):  # fmt: skip
+    """Lets a tile of folded queries, as in `attend_keys`, meet all keys of x_ptr (C, num_keys): `(acc, m_i, l_i)` of `attend_tile`.
+
+    The last, incomplete tile is masked. With LAST_BY_LOOP it is taken by a loop that runs once at most: what a loop loads gets to
+    shared memory past the registers, which wide tiles have not to spare.
+    """
+    acc = tl.zeros((offs_m.shape[0], offs_c.shape[0]), tl.float32)
+    m_i = tl.full((offs_m.shape[0],), float("-inf"), tl.float32)
+    l_i = tl.zeros((offs_m.shape[0],), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    full_keys = num_keys // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_keys, BLOCK_N):
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, u, u_ptr, stride_uc, stride_ul, offs_m, num_queries,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION, SUM_ROUNDED,
+        )  # fmt: skip
+    if LAST_BY_LOOP:
+        for _ in range(full_keys, num_keys, BLOCK_N):
+            keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
+            acc, m_i, l_i = attend_keys(
+                acc, m_i, l_i, u, u_ptr, stride_uc, stride_ul, offs_m, num_queries,
+                keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION, SUM_ROUNDED,
+            )  # fmt: skip
+    elif full_keys < num_keys:
+        keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
+        acc, m_i, l_i = attend_keys(
+            acc, m_i, l_i, u, u_ptr, stride_uc, stride_ul, offs_m, num_queries,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION, SUM_ROUNDED,
+        )  # fmt: skip
+    return acc, m_i, l_i
+
+
+@triton.jit
 def queries_of_raw_keys(u, norm_ptr, offs_c, C: tl.constexpr):
     """What takes raw keys x for folded queries u (BLOCK_M, BLOCK_C) of keys h: `(u', offset)` with `u · h_j = u' · x_j + offset`.
 
@@ -67,8 +105,8 @@ def attention_forward_kernel(
     lse_ptr, norm_ptr,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes the output of BLOCK_M query tokens of one map. Folded queries take log2(e), so logits are base 2.
 
@@ -77,8 +115,9 @@ def attention_forward_kernel(
     the base-2 log-sum-exp of the folded logits, or None. With norm_ptr (N, NORM_ROWS, C) it is the normalised map h that is projected
     and that attends, y and lse are those of h, and x is what is added. Keys and values are x even then.
 
-    With BLOCK_K < BLOCK_C a tile of tokens is too wide to stay in registers. The folded queries, and after them y, then lie
-    in this program's own rows of y_ptr, which must be given, and dots over channels take BLOCK_K of them at a time.
+    With BLOCK_P < BLOCK_C the queries' projection takes BLOCK_P channels at a time, and the folded queries lie in this program's own
+    rows of y_ptr, which must be given, so that they reach shared memory and leave the registers. With BLOCK_K < BLOCK_C that is too
+    much for it as well: y takes their place in memory, and all dots over channels take BLOCK_K of them at a time.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
@@ -89,7 +128,7 @@ def attention_forward_kernel(
 
     u = project_there_and_back(
         x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
-        C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION, norm_ptr,
+        C, D, BLOCK_C, BLOCK_P, BLOCK_D, INPUT_PRECISION, norm_ptr,
     ).to(x_ptr.dtype.element_ty)  # fmt: skip
     if norm_ptr is not None:
         u, offset = queries_of_raw_keys(u, norm_ptr, offs_c, C)
@@ -97,28 +136,16 @@ def attention_forward_kernel(
     out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
     if y_ptr is not None:
         y_ptr += n * stride_on
-    if BLOCK_K < BLOCK_C:
+    if BLOCK_P < BLOCK_C:
         store_tile(y_ptr, out_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
         tl.debug_barrier()
+        if BLOCK_K == BLOCK_C:
+            u = tl.trans(load_tile(y_ptr, out_offsets, offs_c, offs_m, C, num_tokens, True))
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    offs_n = tl.arange(0, BLOCK_N)
-    full_tokens = num_tokens // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_tokens, BLOCK_N):
-        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION, norm_ptr is not None,
-        )  # fmt: skip
-    if full_tokens < num_tokens:
-        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
-        acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-            norm_ptr is not None,
-        )  # fmt: skip
+    acc, m_i, l_i = attend_all_keys(
+        u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens, x_ptr, stride_xc, stride_xl, offs_c, num_tokens,
+        C, BLOCK_N, BLOCK_K, BLOCK_P < BLOCK_K, INPUT_PRECISION, norm_ptr is not None,
+    )  # fmt: skip
 
     lse = m_i + tl.log2(l_i)
     y = acc / l_i[:, None]
@@ -128,7 +155,7 @@ def attention_forward_kernel(
         y = (y - mean[None, :]) * factor[None, :] + bias[None, :]
         lse += offset
     y = y.to(x_ptr.dtype.element_ty)
-    if BLOCK_K < BLOCK_C:
+    if BLOCK_P < BLOCK_C:
         tl.debug_barrier()  # the folded queries have been read for the last time
     if y_ptr is not None:
         store_tile(y_ptr, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
@@ -163,7 +190,7 @@ def attention_forward(
     """Fills `out` (N, C, L), and `y` (N, C, L) and `lse` (N, L) where given, from `x` (N, C, L).
 
     Weights are contiguous, `out` and `y` share their strides; everything lies on one device. `y` must be given where
-    `config.steps_over_channels`. norm: what `group_statistics` tells of x, where the normalised map attends.
+    `config.parks_queries`. norm: what `group_statistics` tells of x, where the normalised map attends.
     """
     num_maps, num_channels, num_tokens = x.shape
     grid = (num_maps * num_tiles(num_tokens, config.block_m),)
@@ -175,6 +202,7 @@ def attention_forward(
         lse, norm,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

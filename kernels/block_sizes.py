@@ -30,7 +30,7 @@ FOLDED_TABLE: Table = {
         32: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (32, 64, ALL, 32, 4, 2)),
         64: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
         128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2)),
-        256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 4, 1), (64, 64, ALL, 32, 4, 2)),
+        256: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 4, 1), (64, 64, ALL, 32, 4, 2)),
     },
     ("hopper", "tf32"): {
         16: ((64, 64, ALL, 16, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 16, 4, 2), (64, 64, ALL, 16, 4, 2), (16, 64, ALL, 32, 4, 2)),
@@ -112,6 +112,10 @@ FOLDED_TABLE["blackwell", "fp32"] = FOLDED_TABLE["hopper", "fp32"] | {
          (64, 32, ALL, 32, 4, 2, 255)),
     128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
 }  # fmt: skip
+
+# The forward kernel where it normalises the map itself: mean, factor and bias of all channels are held as well.
+NORMALIZED_TABLE: Table = dict(FOLDED_TABLE)
+NORMALIZED_TABLE["hopper", "half"] = FOLDED_TABLE["hopper", "half"] | {256: ((64, 64, 64, 32, 8, 2),)}
 
 # The kernels with projected keys; the order of a row is
 #     qkv projection, forward, prepare, query gradient, key and value gradient,

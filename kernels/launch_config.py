@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .block_sizes import EQUAL_WIDTHS_TABLE, FOLDED_TABLE, PROJECTED_TABLE, TF32X3_FROM, TOKEN_TABLE, WIDE_TABLE, Table
+from .block_sizes import EQUAL_WIDTHS_TABLE, FOLDED_TABLE, NORMALIZED_TABLE, PROJECTED_TABLE, TF32X3_FROM, TOKEN_TABLE, WIDE_TABLE, Table
 
 FUSED_CHANNELS = 256
 """The widest map whose projections are part of the kernels, and the channels that one program accumulates where a map is wider."""
+
+QUERY_STEP = 64
+"""Channels of the widest tiles that the projection of folded queries takes at once."""
 
 FILLS_A_CHIP = 128
 """So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
@@ -58,6 +61,15 @@ class LaunchConfig:
     def steps_over_channels(self, num_channels: int) -> bool:
         """Whether tiles of tokens are too wide to stay in registers, so that the forward kernel parks them in `y`."""
         return self.block_k < block_channels(num_channels)
+
+    def query_step(self, num_channels: int) -> int:
+        """Channels that the projection of folded queries takes at once: more would not fit beside the queries of the widest tiles."""
+        block_c = block_channels(num_channels)
+        return min(self.block_k, block_c if block_c < FUSED_CHANNELS else QUERY_STEP)
+
+    def parks_queries(self, num_channels: int) -> bool:
+        """Whether the forward kernel of folded queries parks them in `y`: it then needs one."""
+        return self.query_step(num_channels) < block_channels(num_channels)
 
 
 @dataclass(frozen=True)
@@ -152,9 +164,9 @@ def projects_keys(num_channels: int, qk_channels: int) -> bool:
 
 
 @functools.cache
-def forward_config(num_channels: int, dtype: torch.dtype, target: Target) -> LaunchConfig:
-    """The configuration of `attention_forward` for maps of `num_channels`, 1 to 256."""
-    return _configs(num_channels, dtype, target)[0]
+def forward_config(num_channels: int, dtype: torch.dtype, target: Target, normalized: bool = False) -> LaunchConfig:
+    """The configuration of `attention_forward` for maps of `num_channels`, 1 to 256, or for one that is normalised there."""
+    return _rows(NORMALIZED_TABLE if normalized else FOLDED_TABLE, num_channels, dtype, target)[0]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .alignment import empty_with_strides_of
 from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
-from .attention_forward import attend_keys
+from .attention_forward import attend_all_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
 from .primitives import load_tile, locate, store_tile, tile_offsets
@@ -50,23 +50,10 @@ def wide_attention_forward_kernel(
     x_ptr += n * stride_xn + tl.cast(first_key, tl.int64) * stride_xl
     u_ptr += n * stride_un
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_i = tl.zeros((BLOCK_M,), tl.float32)
-    offs_n = tl.arange(0, BLOCK_N)
-    full_keys = num_keys // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_keys, BLOCK_N):
-        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
-        )  # fmt: skip
-    if full_keys < num_keys:
-        keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
-        acc, m_i, l_i = attend_keys(
-            acc, m_i, l_i, None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION,
-        )  # fmt: skip
+    acc, m_i, l_i = attend_all_keys(
+        None, u_ptr, stride_uc, stride_ul, offs_m, num_tokens, x_ptr, stride_xc, stride_xl, offs_c, num_keys,
+        C, BLOCK_N, BLOCK_K, False, INPUT_PRECISION,
+    )  # fmt: skip
 
     y = (acc / l_i[:, None]).to(y_ptr.dtype.element_ty)
     y_offsets = row * stride_yn + tile_offsets(offs_c, offs_m, stride_yc, stride_yl)

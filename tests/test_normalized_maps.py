@@ -120,9 +120,9 @@ class TestRawKeys:
         assert_correct([make_problem(FOLDED, torch.float16, maps=1, size=(6, 12), mean=10.0, seed=s, residual=False) for s in range(6)])
         assert attending_kernel
 
-    def test_channels_taken_in_steps(self, attending_kernel):
+    def test_queries_parked_in_memory(self, attending_kernel):
         """256 channels: the folded queries lie in memory, where those of raw keys must have been put."""
-        assert kernels.forward_config(256, torch.float16, kernels.Target("hopper", "ieee")).steps_over_channels(256)
+        assert kernels.forward_config(256, torch.float16, kernels.Target("hopper", "ieee"), normalized=True).parks_queries(256)
         assert_correct([make_problem(Block(256, 256, 256, groups=32), torch.float16, maps=1, size=(7, 10), mean=2.0, residual=False)])
         assert attending_kernel
 

@@ -42,10 +42,11 @@ def forward(
         return wide_triton_backend.forward(x, weights, scale, residual, save)
     target = kernel_target(x.device)
     projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights, channels) else None
-    config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target)
+    config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target, norm is not None)
     out = empty_map_like(x)
     written = kernels.writable(out.flatten(2))
-    y = kernels.empty_with_strides_of(written) if save or config.steps_over_channels(channels) else None
+    parks = config.steps_over_channels(channels) if projected else config.parks_queries(channels)
+    y = kernels.empty_with_strides_of(written) if save or parks else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
     if maps:
         weights = weights.map(contiguous)
