@@ -115,9 +115,9 @@ def attention_forward_kernel(
     the base-2 log-sum-exp of the folded logits, or None. With norm_ptr (N, NORM_ROWS, C) it is the normalised map h that is projected
     and that attends, y and lse are those of h, and x is what is added. Keys and values are x even then.
 
-    With BLOCK_P < BLOCK_C the queries' projection takes BLOCK_P channels at a time, and the folded queries lie in this program's own
-    rows of y_ptr, which must be given, so that they reach shared memory and leave the registers. With BLOCK_K < BLOCK_C that is too
-    much for it as well: y takes their place in memory, and all dots over channels take BLOCK_K of them at a time.
+    With BLOCK_P < BLOCK_C the queries' projection takes BLOCK_P channels at a time, and the folded queries are parked in this program's
+    own rows of y_ptr, which must be given: read back they are an operand in shared memory instead of registers. With BLOCK_K < BLOCK_C
+    they stay there, y takes their place after them, and every dot over channels reads BLOCK_K of them at a time.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
