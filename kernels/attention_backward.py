@@ -22,8 +22,10 @@ from .primitives import (
     gradient_of_y,
     load_tile,
     locate,
+    parts_to_store,
     project_there_and_back,
     row_sums,
+    store_sum,
     store_tile,
     tile_offsets,
 )
@@ -101,68 +103,111 @@ def accumulate_query_gradient(
 
 
 @triton.jit
+def query_gradient_of_all_keys(
+    u, d_y, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_queries, x_ptr, stride_xc, stride_xl, offs_c, num_keys,
+    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LAST_BY_LOOP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What all keys of x_ptr (C, num_keys) give a tile of queries, as in `accumulate_query_gradient`: `(acc, row_sum)`.
+
+    LAST_BY_LOOP as in `attend_all_keys`.
+    """
+    acc = tl.zeros((offs_m.shape[0], offs_c.shape[0]), tl.float32)
+    row_sum = tl.zeros((offs_m.shape[0],), tl.float32)
+    offs_n = tl.arange(0, BLOCK_N)
+    full_keys = num_keys // BLOCK_N * BLOCK_N
+    for start_n in range(0, full_keys, BLOCK_N):
+        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_queries,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if LAST_BY_LOOP:
+        for _ in range(full_keys, num_keys, BLOCK_N):
+            keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
+            acc, row_sum = accumulate_query_gradient(
+                acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_queries,
+                keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION,
+            )  # fmt: skip
+    elif full_keys < num_keys:
+        keys_ptr = x_ptr + tl.cast(full_keys, tl.int64) * stride_xl
+        acc, row_sum = accumulate_query_gradient(
+            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_queries,
+            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_keys - full_keys, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+    return acc, row_sum
+
+
+@triton.jit
+def store_query_gradient(
+    acc, row_sum, y_ptr, d_u_ptr, stride_yc, stride_yl, first_c, offs_m, num_queries, C: tl.constexpr, HALVES: tl.constexpr
+):  # fmt: skip
+    """Writes acc (BLOCK_M, BLOCK_C) less row_sum (BLOCK_M) times y to d_u_ptr (C, num_queries), from channel first_c on.
+
+    y_ptr (C, num_queries) has the strides of d_u_ptr. HALVES: `parts_to_store`.
+    """
+    parts = parts_to_store(acc, HALVES)
+    for part in tl.static_range(len(parts)):
+        du_part = parts[part]
+        offs_c = first_c + part * du_part.shape[1] + tl.arange(0, du_part.shape[1])
+        offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
+        y = tl.trans(load_tile(y_ptr, offsets, offs_c, offs_m, C, num_queries, True))
+        d_u = (du_part - row_sum[:, None] * y.to(tl.float32)).to(y.dtype)
+        store_tile(d_u_ptr, offsets, tl.trans(d_u), offs_c, offs_m, C, num_queries)
+        if part + 1 < len(parts):
+            tl.debug_barrier()  # or the next part would be loaded beside this one
+
+
+@triton.jit
 def query_gradient_kernel(
     x_ptr, stride_xn, stride_xc, stride_xl,
     d_out_ptr, stride_gn, stride_gc, stride_gl,
-    y_ptr, u_ptr, d_y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
+    u_ptr, d_y_ptr, stride_un, stride_uc, stride_ul,
+    y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
     lse_ptr, delta_ptr, w_q_ptr, w_k_ptr,
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes du of BLOCK_M tokens of one map, what reaches x through it and past it, and the mended Δ.
 
-    x_ptr, d_out_ptr (N, C, L); y_ptr, u_ptr, d_y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2;
-    delta_ptr (N, L), read and written; w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L), or None where only the weights want a
-    gradient.
+    x_ptr, d_out_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; y_ptr, d_u_ptr (N, C, L), one set of strides; lse_ptr
+    (N, L) base 2; delta_ptr (N, L), read and written; w_q_ptr, w_k_ptr (D, C); d_x_ptr (N, C, L), or None where only the weights want
+    a gradient. BLOCK_P channels of du are projected at a time; where that is less than BLOCK_K, registers are spared: the last tile of
+    keys is taken by a loop, as in `attend_all_keys`, and results are stored in halves.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    u_ptr += n * stride_yn
-    d_y_ptr += n * stride_yn
-    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    u = tl.trans(load_tile(u_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
-    d_y = tl.trans(load_tile(d_y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
+    u_ptr += n * stride_un
+    d_y_ptr += n * stride_un
+    u_offsets = tile_offsets(offs_c, offs_m, stride_uc, stride_ul)
+    u = tl.trans(load_tile(u_ptr, u_offsets, offs_c, offs_m, C, num_tokens, True))
+    d_y = tl.trans(load_tile(d_y_ptr, u_offsets, offs_c, offs_m, C, num_tokens, True))
     lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
     delta = tl.load(delta_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
-    x_ptr += n * stride_xn
 
-    offs_n = tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    full_tokens = num_tokens // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_tokens, BLOCK_N):
-        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc, row_sum = accumulate_query_gradient(
-            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
-        )  # fmt: skip
-    if full_tokens < num_tokens:
-        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
-        acc, row_sum = accumulate_query_gradient(
-            acc, row_sum, u, d_y, u_ptr, d_y_ptr, stride_yc, stride_yl, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-        )  # fmt: skip
+    spare_registers: tl.constexpr = BLOCK_P < BLOCK_K
+    acc, row_sum = query_gradient_of_all_keys(
+        u, d_y, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
+        x_ptr + n * stride_xn, stride_xc, stride_xl, offs_c, num_tokens, C, BLOCK_N, BLOCK_K, spare_registers, INPUT_PRECISION,
+    )  # fmt: skip
 
     tl.store(delta_ptr + n * num_tokens + offs_m, delta + row_sum, mask=offs_m < num_tokens)
-    y = tl.trans(load_tile(y_ptr + n * stride_yn, y_offsets, offs_c, offs_m, C, num_tokens, True))
-    d_u = (acc - row_sum[:, None] * y.to(tl.float32)).to(u.dtype)
     d_u_ptr += n * stride_yn
-    store_tile(d_u_ptr, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    y_ptr += n * stride_yn
+    store_query_gradient(acc, row_sum, y_ptr, d_u_ptr, stride_yc, stride_yl, 0, offs_m, num_tokens, C, spare_registers)
     if d_x_ptr is not None:
         tl.debug_barrier()  # every row of du is read back here, by other threads of this program
-        d_x = tl.trans(project_there_and_back(
+        d_x = project_there_and_back(
             d_u_ptr, stride_yc, stride_yl, offs_m, num_tokens, w_k_ptr, None, w_q_ptr, scale,
-            C, D, BLOCK_C, BLOCK_K, BLOCK_D, INPUT_PRECISION,
-        ))  # fmt: skip
-        if RESIDUAL:
-            d_out_offsets = n * stride_gn + tile_offsets(offs_c, offs_m, stride_gc, stride_gl)
-            d_x += load_tile(d_out_ptr, d_out_offsets, offs_c, offs_m, C, num_tokens, True)
-        d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_m, stride_dc, stride_dl)
-        store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_m, C, num_tokens)
+            C, D, BLOCK_C, BLOCK_P, BLOCK_D, INPUT_PRECISION,
+        )  # fmt: skip
+        store_sum(
+            d_x, d_out_ptr + n * stride_gn if RESIDUAL else None, stride_gc, stride_gl,
+            d_x_ptr + n * stride_dn, stride_dc, stride_dl, 0, offs_m, C, num_tokens, spare_registers,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -211,17 +256,19 @@ def key_value_gradient_kernel(
     d_x_ptr, stride_dn, stride_dc, stride_dl,
     num_tokens,
     C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, SPARE_REGISTERS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program adds to d_x what BLOCK_N tokens of one map receive as keys and as values.
 
     x_ptr (N, C, L); u_ptr, d_y_ptr (N, C, L), one set of strides; lse_ptr (N, L) base 2; delta_ptr (N, L), mended;
-    d_x_ptr (N, C, L), read and written.
+    d_x_ptr (N, C, L), read and written. SPARE_REGISTERS: the last tile of queries is taken by a loop, as in `attend_all_keys`, and the
+    result stored in halves.
     """
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_N) * parts)
-    offs_c = tile % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_c = tile % parts * BLOCK_C
+    offs_c = first_c + tl.arange(0, BLOCK_C)
     offs_n = tile // parts * BLOCK_N + tl.arange(0, BLOCK_N)
     x_ptr += n * stride_xn
     x_offsets = tile_offsets(offs_c, offs_n, stride_xc, stride_xl)
@@ -241,16 +288,23 @@ def key_value_gradient_kernel(
             u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + start_m, delta_ptr + start_m, offs_c, offs_m, BLOCK_M,
             C, BLOCK_K, False, INPUT_PRECISION,
         )  # fmt: skip
-    if full_tokens < num_tokens:
+    if SPARE_REGISTERS:
+        for _ in range(full_tokens, num_tokens, BLOCK_M):
+            step = tl.cast(full_tokens, tl.int64) * stride_yl
+            acc = accumulate_key_value_gradient(
+                acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
+                u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
+                num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
+            )  # fmt: skip
+    elif full_tokens < num_tokens:
         step = tl.cast(full_tokens, tl.int64) * stride_yl
         acc = accumulate_key_value_gradient(
             acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
             u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
             num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
-    d_x_offsets = n * stride_dn + tile_offsets(offs_c, offs_n, stride_dc, stride_dl)
-    d_x = tl.trans(acc) + load_tile(d_x_ptr, d_x_offsets, offs_c, offs_n, C, num_tokens, True)
-    store_tile(d_x_ptr, d_x_offsets, d_x, offs_c, offs_n, C, num_tokens)
+    d_x_ptr += n * stride_dn
+    store_sum(acc, d_x_ptr, stride_dc, stride_dl, d_x_ptr, stride_dc, stride_dl, first_c, offs_n, C, num_tokens, SPARE_REGISTERS)
 
 
 def attention_backward(
@@ -296,12 +350,14 @@ def attention_backward(
     query_gradient_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
         x, *x.stride(),
         d_out, *d_out.stride(),
-        y, u, d_y, d_u, *y.stride(),
+        u, d_y, *u.stride(),
+        y, d_u, *y.stride(),
         lse, delta, w_q, w_k,
         d_x, *d_x_strides,
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
@@ -315,6 +371,7 @@ def attention_backward(
             num_tokens,
             C=num_channels,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+            SPARE_REGISTERS=config.spares_registers(num_channels),
             INPUT_PRECISION=config.input_precision, **config.options,
         )  # fmt: skip
     return d_u

@@ -71,6 +71,10 @@ class LaunchConfig:
         """Whether the forward kernel of folded queries parks them in `y`: it then needs one."""
         return self.query_step(num_channels) < block_channels(num_channels)
 
+    def spares_registers(self, num_channels: int) -> bool:
+        """Whether tiles stay whole that leave hardly a register: the last one is taken by a loop of its own, results go in halves."""
+        return self.query_step(num_channels) < min(self.block_k, block_channels(num_channels))
+
 
 @dataclass(frozen=True)
 class BackwardConfigs:

@@ -69,6 +69,36 @@ def store_tile(ptr, offsets, tile, offs_c, offs_l, num_channels: tl.constexpr, n
 
 
 @triton.jit
+def parts_to_store(tile, HALVES: tl.constexpr):
+    """A tile (ROWS, COLUMNS) as a tuple of tiles to be stored one after the other: itself, or two of half the columns.
+
+    On its way a tile is held as its product left it and as memory wants it, beside what is to be added; halves take half of that.
+    """
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split() if HALVES else (tile,)
+
+
+@triton.jit
+def store_sum(
+    acc, addend_ptr, stride_ac, stride_al, out_ptr, stride_oc, stride_ol, first_c, offs_l, num_channels: tl.constexpr, num_tokens,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """Writes acc (BLOCK_L, BLOCK_C) to out_ptr (C, num_tokens), from channel first_c on, plus addend_ptr (C, num_tokens) unless None.
+
+    HALVES: `parts_to_store`.
+    """
+    parts = parts_to_store(acc, HALVES)
+    for part in tl.static_range(len(parts)):
+        total = tl.trans(parts[part])
+        offs_c = first_c + part * total.shape[0] + tl.arange(0, total.shape[0])
+        if addend_ptr is not None:
+            offsets = tile_offsets(offs_c, offs_l, stride_ac, stride_al)
+            total += load_tile(addend_ptr, offsets, offs_c, offs_l, num_channels, num_tokens, True)
+        store_tile(out_ptr, tile_offsets(offs_c, offs_l, stride_oc, stride_ol), total, offs_c, offs_l, num_channels, num_tokens)
+        if part + 1 < len(parts):
+            tl.debug_barrier()  # or the next part would be loaded beside this one
+
+
+@triton.jit
 def row_sums(tile, BY_PRODUCT: tl.constexpr):
     """Sums (ROWS) of a tile (ROWS, COLUMNS) in fp32, of the numbers as its dtype has rounded them.
 

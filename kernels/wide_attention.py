@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .attention_backward import accumulate_query_gradient, key_value_gradient_kernel
+from .attention_backward import key_value_gradient_kernel, query_gradient_of_all_keys, store_query_gradient
 from .attention_forward import attend_all_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
@@ -123,7 +123,6 @@ def wide_query_gradient_kernel(
     part = tile % parts
     offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_ptr += n * stride_xn
     u_ptr += n * stride_un
     d_y_ptr += n * stride_un
     y_ptr += n * stride_yn
@@ -135,29 +134,15 @@ def wide_query_gradient_kernel(
         y = load_tile(y_ptr, tile_offsets(offs_k, offs_m, stride_yc, stride_yl), offs_k, offs_m, C, num_tokens, True)
         delta += tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    offs_n = tl.arange(0, BLOCK_N)
-    full_tokens = num_tokens // BLOCK_N * BLOCK_N
-    for start_n in range(0, full_tokens, BLOCK_N):
-        keys_ptr = x_ptr + tl.cast(start_n, tl.int64) * stride_xl
-        acc, row_sum = accumulate_query_gradient(
-            acc, row_sum, None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, BLOCK_N, C, BLOCK_K, False, INPUT_PRECISION,
-        )  # fmt: skip
-    if full_tokens < num_tokens:
-        keys_ptr = x_ptr + tl.cast(full_tokens, tl.int64) * stride_xl
-        acc, row_sum = accumulate_query_gradient(
-            acc, row_sum, None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
-            keys_ptr, stride_xc, stride_xl, offs_c, offs_n, num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-        )  # fmt: skip
+    acc, row_sum = query_gradient_of_all_keys(
+        None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
+        x_ptr + n * stride_xn, stride_xc, stride_xl, offs_c, num_tokens, C, BLOCK_N, BLOCK_K, False, INPUT_PRECISION,
+    )  # fmt: skip
 
     if part == 0:
         tl.store(delta_ptr + n * num_tokens + offs_m, delta + row_sum, mask=offs_m < num_tokens)
-    y_offsets = tile_offsets(offs_c, offs_m, stride_yc, stride_yl)
-    y = tl.trans(load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True))
-    d_u = acc - row_sum[:, None] * y.to(tl.float32)
-    store_tile(d_u_ptr + n * stride_yn, y_offsets, tl.trans(d_u), offs_c, offs_m, C, num_tokens)
+    d_u_ptr += n * stride_yn
+    store_query_gradient(acc, row_sum, y_ptr, d_u_ptr, stride_yc, stride_yl, part * BLOCK_C, offs_m, num_tokens, C, False)
 
 
 def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, *, config: LaunchConfig) -> None:
@@ -226,7 +211,7 @@ def wide_key_value_gradient(
         lse, delta,
         d_x, *d_x.stride(),
         x.shape[2],
-        **_blocks(x, config), **config.options,
+        **_blocks(x, config), SPARE_REGISTERS=False, **config.options,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
 PLAIN, PEAKED = "[triton-(2, 16, 3, 5)-torch.float32-uniform]", "[triton-(2, 64, 8, 8)-torch.float32-peaked]"
 BRANCH, NARROW = "tests/test_correctness.py::test_branch_and_gradients", "tests/test_correctness.py::test_narrow_queries"
 TRAP = "tests/test_correctness.py::test_keys_that_do_not_exist_have_no_weight"
+WHOLE = "[triton-(1, 256, 5, 7)-torch.float16-peaked]"
 MEAN = "tests/test_correctness.py::test_rounding_does_not_meet_a_large_mean"
 GRADCHECK, GRADGRADCHECK = "tests/test_autograd.py::test_gradcheck", "tests/test_autograd.py::test_gradgradcheck"
 KEYS = "tests/test_correctness.py::test_rounding_of_a_mean_does_not_reach_the_keys"
@@ -86,17 +87,26 @@ KERNELS = [
                    "d_s = tl.where((offs_n < num_keys)[None, :], d_s, 0.0)", "d_s = d_s + 0.0",
                    TRAP + "[triton-(1, 64, 3, 3)-None-torch.float32]"),
     in_interpreter("what rounding leaves of Σ dS meets the map", "attention_backward",
-                   "acc - row_sum[:, None] * y.to(tl.float32)", "acc", MEAN + "[triton-64]"),
+                   "du_part - row_sum[:, None] * y.to(tl.float32)", "du_part", MEAN + "[triton-64]"),
     in_interpreter("Δ not mended for the keys", "attention_backward",
                    "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 16, 6, 6)-None-torch.float16]"),
     in_interpreter("Δ of the keys too large by log2(e)", "attention_backward",
                    "- (delta * LN2)[None, :]", "- delta[None, :]", BRANCH + PLAIN),
     in_interpreter("the keys' gradient in place of the queries', not added", "attention_backward",
-                   "d_x = tl.trans(acc) + load_tile(d_x_ptr, d_x_offsets, offs_c, offs_n, C, num_tokens, True)",
-                   "d_x = tl.trans(acc)", BRANCH + PLAIN),
+                   "store_sum(acc, d_x_ptr, stride_dc", "store_sum(acc, None, stride_dc", BRANCH + PLAIN),
     in_interpreter("gradient passed along without a residual", "attention_backward",
-                   "        if RESIDUAL:\n", "        if True:\n",
+                   "d_out_ptr + n * stride_gn if RESIDUAL else None", "d_out_ptr + n * stride_gn",
                    "tests/test_correctness.py::test_residual_adds_the_map_once_and_passes_the_gradient_once[triton-24]"),
+    in_interpreter("last tile of keys not taken by its loop", "attention_forward",
+                   "range(full_keys, num_keys, BLOCK_N)", "range(full_keys, full_keys, BLOCK_N)", BRANCH + WHOLE),
+    in_interpreter("last tile of keys not taken by its loop, backward", "attention_backward",
+                   "range(full_keys, num_keys, BLOCK_N)", "range(full_keys, full_keys, BLOCK_N)", BRANCH + WHOLE),
+    in_interpreter("last tile of queries not taken by its loop", "attention_backward",
+                   "range(full_tokens, num_tokens, BLOCK_M)", "range(full_tokens, full_tokens, BLOCK_M)", BRANCH + WHOLE),
+    in_interpreter("second half of a sum over the first", "primitives",
+                   "first_c + part * total.shape[0]", "first_c", BRANCH + WHOLE),
+    in_interpreter("second half of the query's gradient over the first", "attention_backward",
+                   "first_c + part * du_part.shape[1]", "first_c", BRANCH + WHOLE),
     in_interpreter("last tile left out of the weights' gradients", "token_moments",
                    "tl.minimum(first + tiles_per_split, num_tiles)", "tl.minimum(first + tiles_per_split, num_tiles - 1)",
                    BRANCH + PLAIN),
@@ -170,9 +180,9 @@ WIDE_MAPS = [
     in_interpreter("Δ not mended on wide maps", "wide_attention",
                    "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 257, 3, 4)-None-torch.float16]"),
     in_interpreter("what rounding leaves of Σ dS meets a wide map", "wide_attention",
-                   "acc - row_sum[:, None] * y.to(tl.float32)", "acc", WIDE_MEAN),
+                   "store_query_gradient(acc, row_sum, y_ptr", "store_query_gradient(acc, row_sum * 0, y_ptr", WIDE_MEAN),
     in_interpreter("keys' gradient of the first channels only", "attention_backward",
-                   "offs_c = tile % parts * BLOCK_C + tl.arange(0, BLOCK_C)", "offs_c = tl.arange(0, BLOCK_C)", WIDE),
+                   "first_c = tile % parts * BLOCK_C", "first_c = 0", WIDE),
     in_interpreter("the two pairs of a sum exchanged", "token_moments",
                    "second = split % 2 == 1", "second = split % 2 == 0", BRANCH + PLAIN),
     in_interpreter("strides of the first pair for the second", "token_moments",
