@@ -297,3 +297,7 @@ EQUAL_WIDTHS_TABLE["ampere", "tf32"] = TOKEN_TABLE["ampere", "tf32"] | {
 EQUAL_WIDTHS_TABLE["cdna", "half"] = TOKEN_TABLE["cdna", "half"] | {
     128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
 }
+
+# Heads of more than 128 channels in queries and keys, or 256 in values, in the order of the kernels on tokens. They accumulate what the
+# kernels of wide maps do.
+WIDE_HEADS_TABLE: Table = dict(WIDE_TABLE)

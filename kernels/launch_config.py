@@ -5,7 +5,17 @@ from dataclasses import dataclass
 
 import torch
 
-from .block_sizes import EQUAL_WIDTHS_TABLE, FOLDED_TABLE, NORMALIZED_TABLE, PROJECTED_TABLE, TF32X3_FROM, TOKEN_TABLE, WIDE_TABLE, Table
+from .block_sizes import (
+    EQUAL_WIDTHS_TABLE,
+    FOLDED_TABLE,
+    NORMALIZED_TABLE,
+    PROJECTED_TABLE,
+    TF32X3_FROM,
+    TOKEN_TABLE,
+    WIDE_HEADS_TABLE,
+    WIDE_TABLE,
+    Table,
+)
 
 FUSED_CHANNELS = 256
 """The widest map whose projections are part of the kernels, and the channels that one program accumulates where a map is wider."""
@@ -201,12 +211,19 @@ def wide_configs(dtype: torch.dtype, target: Target) -> WideConfigs:
     return WideConfigs(*_rows(WIDE_TABLE, 2 * FUSED_CHANNELS, dtype, target), *_configs(FUSED_CHANNELS, dtype, target)[-1:])
 
 
+def has_wide_heads(qk_channels: int, value_channels: int) -> bool:
+    """Whether heads on tokens have more channels than one program accumulates: more than 128 in queries and keys, or 256 in values."""
+    return qk_channels > FUSED_CHANNELS // 2 or value_channels > FUSED_CHANNELS
+
+
 @functools.cache
 def token_configs(qk_channels: int, value_channels: int, dtype: torch.dtype, target: Target) -> TokenConfigs:
-    """The configurations of the kernels on tokens for queries and keys of 1 to 128 channels, and values of 1 to 256.
+    """The configurations of the kernels on tokens for queries, keys and values of 1 to 512 channels.
 
     A row of the tables is for values of its width and keys of up to half of it. Values that are no wider than the keys fill one half.
     """
+    if has_wide_heads(qk_channels, value_channels):
+        return TokenConfigs(*_rows(WIDE_HEADS_TABLE, 2 * FUSED_CHANNELS, dtype, target))
     block_d, block_cv = block_channels(qk_channels), block_channels(value_channels)
     table = EQUAL_WIDTHS_TABLE if block_cv <= block_d else TOKEN_TABLE
     return TokenConfigs(*_rows(table, max(32, 2 * block_d, block_cv), dtype, target))

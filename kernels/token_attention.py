@@ -7,13 +7,16 @@ the weights of a row sum to one.
 Backward, in two kernels without atomics, so that repeats are bitwise equal. With g the gradient of y and `Δ_i = g_i · (y_i - c)`,
 `dS_ij = P_ij (g_i · v_j - Δ_i)`: `dq_i = scale · Σ_j dS_ij k_j`, `dk_j = ln(2) Σ_i dS_ij q_i` and `dv_j = Σ_i P_ij g_i`. What rounding
 leaves of `Σ_j dS_ij`, which is zero, is the error of Δ: it meets keys without a mean, and is added to Δ for the key and value gradient.
+
+A program owns BLOCK_D channels of the keys and BLOCK_CV of the values that it accumulates. Where heads are wider than that, programs that
+share a tile of tokens each compute its weights, from all channels, as in wide_attention.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, TokenConfigs, block_channels, num_tiles
+from .launch_config import FUSED_CHANNELS, LaunchConfig, TokenConfigs, block_channels, has_wide_heads, num_tiles
 from .primitives import load_tile, locate, store_tile, tile_offsets
 from .projected_attention_backward import accumulate_projected_key_value_gradient, accumulate_projected_query_gradient
 from .projected_attention_forward import attend_projected_keys
@@ -32,15 +35,17 @@ def token_attention_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes y of BLOCK_M query tokens of one head of one map.
+    """One program computes BLOCK_CV channels of y for BLOCK_M query tokens of one head of one map.
 
     q_ptr (B, D, L); k_ptr (B, D, Lk); v_ptr (B, C_V, Lk); c_ptr (B, C_V), contiguous; y_ptr (B, C_V, L); lse_ptr (B, L) fp32, the
     base-2 log-sum-exp of the logits. L is num_queries, Lk num_keys.
     """
-    b, tile = locate(tl.cdiv(num_queries, BLOCK_M))
+    parts: tl.constexpr = (C_V + BLOCK_CV - 1) // BLOCK_CV
+    b, tile = locate(tl.cdiv(num_queries, BLOCK_M) * parts)
+    part = tile % parts
     offs_d = tl.arange(0, BLOCK_D)
-    offs_cv = tl.arange(0, BLOCK_CV)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_cv = part * BLOCK_CV + tl.arange(0, BLOCK_CV)
+    offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr += b * stride_qb
     k_ptr += b * stride_kb
     v_ptr += b * stride_vb
@@ -70,7 +75,19 @@ def token_attention_forward_kernel(
     y = acc / l_i[:, None] + c[None, :]
     y_offsets = b * stride_yb + tile_offsets(offs_cv, offs_m, stride_yc, stride_yl)
     store_tile(y_ptr, y_offsets, tl.trans(y), offs_cv, offs_m, C_V, num_queries)
-    tl.store(lse_ptr + b * num_queries + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_queries)
+    if part == 0:
+        tl.store(lse_ptr + b * num_queries + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_queries)
+
+
+@triton.jit
+def _row_products(
+    d_y_ptr, stride_gc, stride_gl, y_ptr, stride_yc, stride_yl, c_ptr, offs_cv, offs_m, num_queries, C_V: tl.constexpr
+):  # fmt: skip
+    """A tile of d_y (BLOCK_CV, BLOCK_M), and its part of Δ (BLOCK_M); d_y_ptr, y_ptr (C_V, num_queries), c_ptr (C_V)."""
+    d_y = load_tile(d_y_ptr, tile_offsets(offs_cv, offs_m, stride_gc, stride_gl), offs_cv, offs_m, C_V, num_queries, True)
+    y = load_tile(y_ptr, tile_offsets(offs_cv, offs_m, stride_yc, stride_yl), offs_cv, offs_m, C_V, num_queries, True)
+    c = tl.load(c_ptr + offs_cv, mask=offs_cv < C_V, other=0.0).to(tl.float32)
+    return d_y, tl.sum(d_y.to(tl.float32) * (y.to(tl.float32) - c[:, None]), 0)
 
 
 @triton.jit
@@ -88,24 +105,35 @@ def token_query_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dq, the gradient of queries without scale and log2(e), and the mended Δ of BLOCK_M query tokens.
+    """One program computes BLOCK_D channels of dq, the gradient of queries without scale and log2(e), for BLOCK_M query tokens, and the
+    first of a tile their mended Δ.
 
     q_ptr, d_q_ptr (B, D, L); k_ptr (B, D, Lk); v_ptr (B, C_V, Lk); c_ptr (B, C_V), contiguous; d_y_ptr, y_ptr (B, C_V, L); lse_ptr
     (B, L) base 2; delta_ptr (B, L) fp32. L is num_queries, Lk num_keys.
     """
-    b, tile = locate(tl.cdiv(num_queries, BLOCK_M))
-    offs_d = tl.arange(0, BLOCK_D)
+    parts: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    tl.static_assert((parts == 1 or BLOCK_K < BLOCK_D) and (C_V <= BLOCK_CV or BLOCK_K < BLOCK_CV), "a part of a head is all it has")
+    b, tile = locate(tl.cdiv(num_queries, BLOCK_M) * parts)
+    part = tile % parts
+    offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_cv = tl.arange(0, BLOCK_CV)
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)
     q_ptr += b * stride_qb
     k_ptr += b * stride_kb
     v_ptr += b * stride_vb
     d_y_ptr += b * stride_gb
     q = tl.trans(load_tile(q_ptr, tile_offsets(offs_d, offs_m, stride_qd, stride_ql), offs_d, offs_m, D, num_queries, True))
-    d_y = load_tile(d_y_ptr, tile_offsets(offs_cv, offs_m, stride_gc, stride_gl), offs_cv, offs_m, C_V, num_queries, True)
-    y = load_tile(y_ptr + b * stride_yb, tile_offsets(offs_cv, offs_m, stride_yc, stride_yl), offs_cv, offs_m, C_V, num_queries, True)
-    c = tl.load(c_ptr + b * C_V + offs_cv, mask=offs_cv < C_V, other=0.0).to(tl.float32)
-    delta = tl.sum(d_y.to(tl.float32) * (y.to(tl.float32) - c[:, None]), 0)
+    y_ptr += b * stride_yb
+    c_ptr += b * C_V
+    d_y, delta = _row_products(
+        d_y_ptr, stride_gc, stride_gl, y_ptr, stride_yc, stride_yl, c_ptr, offs_cv, offs_m, num_queries, C_V
+    )  # fmt: skip
+    if C_V > BLOCK_CV:
+        for start_c in tl.range(BLOCK_CV, C_V, BLOCK_CV, num_stages=1):
+            _, rest = _row_products(
+                d_y_ptr, stride_gc, stride_gl, y_ptr, stride_yc, stride_yl, c_ptr, start_c + offs_cv, offs_m, num_queries, C_V
+            )
+            delta += rest
     d_y = tl.trans(d_y)
     lse = tl.load(lse_ptr + b * num_queries + offs_m, mask=offs_m < num_queries, other=0.0)
 
@@ -128,7 +156,8 @@ def token_query_gradient_kernel(
             offs_d, offs_cv, offs_n, num_keys - full_keys, D, C_V, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
 
-    tl.store(delta_ptr + b * num_queries + offs_m, delta + row_sum, mask=offs_m < num_queries)
+    if part == 0:
+        tl.store(delta_ptr + b * num_queries + offs_m, delta + row_sum, mask=offs_m < num_queries)
     d_q_offsets = b * stride_dqb + tile_offsets(offs_d, offs_m, stride_dqd, stride_dql)
     store_tile(d_q_ptr, d_q_offsets, tl.trans(acc * scale), offs_d, offs_m, D, num_queries)
 
@@ -147,15 +176,20 @@ def token_key_value_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes dk and dv of BLOCK_N key tokens of one head of one map.
+    """One program computes BLOCK_D channels of dk and BLOCK_CV of dv for BLOCK_N key tokens of one head of one map.
 
     q_ptr (B, D, L); k_ptr, d_k_ptr (B, D, Lk); v_ptr, d_v_ptr (B, C_V, Lk); d_y_ptr (B, C_V, L); lse_ptr (B, L) base 2; delta_ptr
     (B, L), mended. L is num_queries, Lk num_keys.
     """
-    b, tile = locate(tl.cdiv(num_keys, BLOCK_N))
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_cv = tl.arange(0, BLOCK_CV)
-    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    key_parts: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    value_parts: tl.constexpr = (C_V + BLOCK_CV - 1) // BLOCK_CV
+    parts: tl.constexpr = max(key_parts, value_parts)
+    tl.static_assert((key_parts == 1 or BLOCK_K < BLOCK_D) and (value_parts == 1 or BLOCK_K < BLOCK_CV), "a part of a head is all it has")
+    b, tile = locate(tl.cdiv(num_keys, BLOCK_N) * parts)
+    part = tile % parts
+    offs_d = part % key_parts * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_cv = part % value_parts * BLOCK_CV + tl.arange(0, BLOCK_CV)
+    offs_n = tile // parts * BLOCK_N + tl.arange(0, BLOCK_N)
     q_ptr += b * stride_qb
     k_ptr += b * stride_kb
     v_ptr += b * stride_vb
@@ -186,10 +220,12 @@ def token_key_value_gradient_kernel(
             D, C_V, True, BLOCK_K, True, INPUT_PRECISION,
         )  # fmt: skip
 
-    d_k_offsets = b * stride_dkb + tile_offsets(offs_d, offs_n, stride_dkd, stride_dkl)
-    store_tile(d_k_ptr, d_k_offsets, tl.trans(d_k), offs_d, offs_n, D, num_keys)
-    d_v_offsets = b * stride_dvb + tile_offsets(offs_cv, offs_n, stride_dvc, stride_dvl)
-    store_tile(d_v_ptr, d_v_offsets, tl.trans(d_v), offs_cv, offs_n, C_V, num_keys)
+    if part < key_parts:
+        d_k_offsets = b * stride_dkb + tile_offsets(offs_d, offs_n, stride_dkd, stride_dkl)
+        store_tile(d_k_ptr, d_k_offsets, tl.trans(d_k), offs_d, offs_n, D, num_keys)
+    if part < value_parts:
+        d_v_offsets = b * stride_dvb + tile_offsets(offs_cv, offs_n, stride_dvc, stride_dvl)
+        store_tile(d_v_ptr, d_v_offsets, tl.trans(d_v), offs_cv, offs_n, C_V, num_keys)
 
 
 def token_attention_forward(
@@ -207,7 +243,9 @@ def token_attention_forward(
     q (B, E, L) holds scale and log2(e); k (B, E, K) and v (B, V, K) are about centred, c (B, V), contiguous, is what v is short of.
     The strides of the others are free; lse is contiguous.
     """
-    token_attention_forward_kernel[(q.shape[0] * num_tiles(q.shape[2], config.block_m),)](
+    blocks = _blocks(config, block_channels(q.shape[1]), min(block_channels(v.shape[1]), FUSED_CHANNELS))
+    programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(v.shape[1], blocks["BLOCK_CV"])
+    token_attention_forward_kernel[(programs,)](
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -215,7 +253,8 @@ def token_attention_forward(
         y, *y.stride(),
         lse,
         q.shape[2], k.shape[2],
-        **_blocks(q, v, config), **config.options,
+        C_V=v.shape[1], D=q.shape[1], **blocks,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
 
@@ -239,9 +278,15 @@ def token_attention_backward(
     q, k, v, c, y and lse as in the forward pass; d_y (B, V, L), any strides.
     """
     delta = torch.empty_like(lse)
+    # Thinner values than keys would make all warps compute the same part of the keys' gradient, since the product of the values divides
+    # the tiles among them.
+    block_d = block_channels(q.shape[1])
+    block_cv = max(block_d, block_channels(v.shape[1]))
 
     config = configs.query_gradient
-    token_query_gradient_kernel[(q.shape[0] * num_tiles(q.shape[2], config.block_m),)](
+    blocks = _blocks(config, min(block_d, FUSED_CHANNELS), min(block_cv, FUSED_CHANNELS))
+    programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(q.shape[1], blocks["BLOCK_D"])
+    token_query_gradient_kernel[(programs,)](
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -251,11 +296,15 @@ def token_attention_backward(
         lse, delta,
         d_q, *d_q.stride(),
         q.shape[2], k.shape[2], scale,
-        **_blocks(q, v, config), **config.options,
+        C_V=v.shape[1], D=q.shape[1], **blocks,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
     config = configs.key_value_gradient
-    token_key_value_gradient_kernel[(q.shape[0] * num_tiles(k.shape[2], config.block_n),)](
+    widest = FUSED_CHANNELS // 2 if has_wide_heads(q.shape[1], v.shape[1]) else FUSED_CHANNELS
+    blocks = _blocks(config, min(block_d, widest), min(block_cv, widest))
+    parts = max(num_tiles(q.shape[1], blocks["BLOCK_D"]), num_tiles(v.shape[1], blocks["BLOCK_CV"]))
+    token_key_value_gradient_kernel[(q.shape[0] * num_tiles(k.shape[2], config.block_n) * parts,)](
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -264,25 +313,17 @@ def token_attention_backward(
         d_k, *d_k.stride(),
         d_v, *d_v.stride(),
         q.shape[2], k.shape[2],
-        **_blocks(q, v, config), **config.options,
+        C_V=v.shape[1], D=q.shape[1], **blocks,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
 
-def _blocks(q: torch.Tensor, v: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
-    """The constants that all three kernels take.
-
-    Values are computed as wide as the keys at least. Thinner ones, which no known model has, would make all warps compute the same
-    part of the keys' gradient, since the product of the values divides the tiles among them.
-    """
-    block_d = block_channels(q.shape[1])
-    block_cv = max(block_d, block_channels(v.shape[1]))
+def _blocks(config: LaunchConfig, block_d: int, block_cv: int) -> dict[str, int]:
+    """The sizes of the tiles, BLOCK_D channels of the keys and BLOCK_CV of the values."""
     return {
-        "C_V": v.shape[1],
-        "D": q.shape[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_CV": block_cv,
         "BLOCK_D": block_d,
-        "BLOCK_K": min(config.block_k, block_cv),
-        "INPUT_PRECISION": config.input_precision,
+        "BLOCK_K": min(config.block_k, max(block_d, block_cv)),
     }

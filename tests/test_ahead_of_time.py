@@ -153,7 +153,12 @@ def test_narrow_queries(name, precision, channels, qk_channels):
 
 @pytest.mark.parametrize(
     ("name", "precision", "widths", "lengths"),
-    [("sm_90", "bf16", (64, 64), (1024, 1024)), ("sm_86", "fp32 high", (64, 64), (35, 6)), ("gfx942", "fp16", (8, 32), (1024, 256))],
+    [
+        ("sm_90", "bf16", (64, 64), (1024, 1024)),
+        ("sm_86", "fp32 high", (64, 64), (35, 6)),
+        ("gfx942", "fp16", (8, 32), (1024, 256)),
+        ("sm_90", "bf16", (256, 256), (1024, 256)),
+    ],
 )
 def test_tokens(name, precision, widths, lengths):
     check_tokens(name, precision, *widths, *lengths)
@@ -256,6 +261,16 @@ def test_every_configuration_of_tokens(name, precision, channels, channels_last)
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_tokens_with_wide_values(name, precision, widths):
     check_tokens(name, precision, *widths, 1024, 256)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("widths", [(256, 256), (512, 512), (16, 512), (200, 32)], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_tokens_in_wide_heads(name, precision, widths, channels_last):
+    check_tokens(name, precision, *widths, channels_last=channels_last)
 
 
 @pytest.mark.full

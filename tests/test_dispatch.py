@@ -145,8 +145,9 @@ class TestReasons:
 
     def test_the_limit_is_that_of_the_launch_configurations(self):
         block_sizes = pytest.importorskip("visattn.kernels").block_sizes
-        assert {width for rows in block_sizes.WIDE_TABLE.values() for width in rows} == {dispatch.MAX_CHANNELS}
-        assert block_sizes.WIDE_TABLE.keys() == block_sizes.FOLDED_TABLE.keys()
+        for table in (block_sizes.WIDE_TABLE, block_sizes.WIDE_HEADS_TABLE):
+            assert {width for rows in table.values() for width in rows} == {dispatch.MAX_CHANNELS}
+            assert table.keys() == block_sizes.FOLDED_TABLE.keys()
 
     def test_without_triton(self, monkeypatch):
         assert "not installed" in self.reasons(monkeypatch, installed=False)[0]

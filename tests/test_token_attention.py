@@ -43,6 +43,13 @@ def test_saturated_rows():
     assert_correct([make_problem(BLOCKS["BigGAN"], torch.float32, maps=8, regime="peaked", seed=s, residual=False) for s in range(3)])
 
 
+@pytest.mark.parametrize(("dtype", "regime"), [(torch.float32, "uniform"), (torch.float16, "peaked")], ids=str)
+def test_heads_of_more_channels_than_one_program_accumulates(dtype, regime):
+    """A non-local block within a ResNet: 256 channels attend, of which a program accumulates 128 for the keys, and a head with more."""
+    for block_ in (Block(24, 256, 256, settings={"pool": 2}), Block(24, 520, 528, settings={"num_heads": 2})):
+        assert_correct([make_problem(block_, dtype, maps=1, size=(5, 7), regime=regime, seed=s, residual=False) for s in range(2)])
+
+
 def test_a_large_common_mean():
     assert_correct([make_problem(BLOCKS["non-local"], torch.float32, maps=1, mean=30.0, seed=s, size=(6, 6)) for s in range(6)])
 
@@ -85,7 +92,15 @@ class TestKernels:
 
     @pytest.mark.parametrize(
         ("qk_channels", "value_channels", "queries", "keys", "make"),
-        [(3, 17, 70, 5, packed), (20, 1, 33, 67, token_major), (1, 1, 1, 1, packed), (40, 8, 2, 130, token_major)],
+        [
+            (3, 17, 70, 5, packed),
+            (20, 1, 33, 67, token_major),
+            (1, 1, 1, 1, packed),
+            (40, 8, 2, 130, token_major),
+            (300, 40, 17, 19, packed),
+            (16, 400, 33, 40, token_major),
+            (130, 300, 16, 35, packed),
+        ],
         ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process, as test runs in parallel need
     )
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,9 +196,9 @@ class TestSelection:
                 "on queries, keys and values: each of the 2 heads has queries, keys and values of its own."
             )
             assert "on queries, keys and values: a pixel takes 4608 multiplications, and 7424" in visattn.explain(thin, x)
-            wide = visattn.SelfAttention2d(64, qk_channels=258, num_heads=2)
+            wide = visattn.SelfAttention2d(64, qk_channels=1026, num_heads=2)
             assert "runs on the PyTorch path" in visattn.explain(wide, x)
-            assert "they have 129 and 32" in visattn.explain(wide, x)
+            assert "they have 513 and 32 in values" in visattn.explain(wide, x)
 
 
 def test_second_derivatives_from_the_kernels():

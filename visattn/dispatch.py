@@ -13,7 +13,6 @@ from . import device, validation
 
 BACKENDS = ("auto", "triton", "torch")
 MAX_CHANNELS = 512  # as many as the kernels' launch configurations are for
-MAX_HEAD_CHANNELS, MAX_HEAD_VALUES = 128, 256  # of queries and keys that exist, and of their values
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WITHOUT_KERNEL = {
     "queries": "softmax over the queries has no kernel: its rows do not sum to one, so a query's output is not finished in one pass",
@@ -82,11 +81,9 @@ def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys", value_c
     if interpreting and x.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes bfloat16 dots wrongly")
     channels, place = x.shape[1], x.device.type
-    if kind == "tokens":
-        if qk_channels > MAX_HEAD_CHANNELS or value_channels > MAX_HEAD_VALUES:
-            limits = f"the kernels hold heads of at most {MAX_HEAD_CHANNELS} channels in queries and keys and {MAX_HEAD_VALUES} in values"
-            reasons.append(f"{limits}, they have {qk_channels} and {value_channels}")
-    elif channels > MAX_CHANNELS or qk_channels > MAX_CHANNELS:
+    if kind == "tokens" and max(qk_channels, value_channels) > MAX_CHANNELS:
+        reasons.append(f"the kernels hold heads of at most {MAX_CHANNELS} channels, they have {qk_channels} and {value_channels} in values")
+    elif kind != "tokens" and max(channels, qk_channels) > MAX_CHANNELS:
         reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {channels} and the queries have {qk_channels}")
     if place == "cuda":
         capability = device.compute_capability(x.device)

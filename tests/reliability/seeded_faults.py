@@ -134,6 +134,12 @@ KERNELS = [
     in_interpreter("Δ not mended for keys on tokens", "token_attention",
                    "delta + row_sum, mask", "delta, mask",
                    TOKENS + "::TestKernels::test_rounding_of_the_values_mean_does_not_reach_the_keys"),
+    in_interpreter("Δ of the first part of a head's values", "token_attention",
+                   "delta += rest", "delta += 0 * rest", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
+    in_interpreter("every part of a head's values the first", "token_attention",
+                   "offs_cv = part * BLOCK_CV + tl", "offs_cv = tl", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
+    in_interpreter("more parts of the keys than there are", "token_attention",
+                   "if part < key_parts:", "if part > key_parts:", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
 ]  # fmt: skip
 
 NORMALIZED_MAPS = [
