@@ -161,7 +161,8 @@ def layer_launches(
             kernels.wide_attention_forward(x, u, y, lse, config=wide.forward)
             d_u, delta = kernels.wide_query_gradient(x, u, d_y, y, lse, config=wide.query_gradient)
             kernels.wide_key_value_gradient(x, u, d_y, lse, delta, d_x, config=wide.key_value_gradient)
-            kernels.token_moments(d_u, x, (d_out, y), config=wide.token_moments)
+            sums = kernels.partial_moments(d_out, y, (d_u, x), config=wide.token_moments)
+            kernels.weight_gradients(*sums, w_q, b_q, w_k, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
             return launches
         configs = kernels.backward_configs(channels, dtype, target)
         if kernels.projects_keys(channels, width):
@@ -180,8 +181,15 @@ def layer_launches(
             x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
             scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
         )  # fmt: skip
-        d_u = kernels.attention_backward(x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=configs)
-        kernels.token_moments(d_u, x, (d_out, y), config=configs.token_moments)
+        operands = (x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x)
+        single_tile = kernels.single_tile_config(maps, channels, tokens, dtype, target)
+        if single_tile is not None:
+            sums = kernels.single_tile_backward(*operands, scale=0.125, residual=True, need_sums=True, config=single_tile)
+            assert sums is not None
+        else:
+            d_u = kernels.attention_backward(*operands, scale=0.125, residual=True, configs=configs)
+            sums = kernels.partial_moments(d_out, y, (d_u, x), config=configs.token_moments)
+        kernels.weight_gradients(*sums, w_q, b_q, w_k, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
     return launches
 
 

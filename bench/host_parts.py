@@ -120,6 +120,8 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "forward_config", "launch configuration"),
     (kernels, "backward_configs", "launch configuration"),
     (kernels, "projected_configs", "launch configuration"),
+    (kernels, "single_tile_config", "launch configuration"),
+    (kernels, "weight_gradients_config", "launch configuration"),
     (triton_backend, "empty_map_like", "allocation"),
     (torch, "zeros_like", "allocation"),
     (kernels, "attention_forward", "arguments of launches"),
@@ -127,8 +129,11 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "projected_attention_forward", "arguments of launches"),
     (kernels, "projected_attention_backward", "arguments of launches"),
     (kernels, "qkv_projection", "arguments of launches"),
+    (kernels, "single_tile_backward", "arguments of launches"),
+    (kernels, "partial_moments", "arguments of launches"),
+    (kernels, "weight_gradients", "arguments of launches"),
     (kernels, "token_moments", "arguments of launches"),
-    (autograd, "weight_gradients", "gradients of weights, beside their operations"),
+    (triton_backend, "weight_gradients", "gradients of weights, beside their operations"),
 ]
 """Module, function, and the part that its own lines count as."""
 

@@ -19,15 +19,19 @@ from .launch_config import (
     projected_configs,
     projection_configs,
     projects_keys,
+    single_tile_config,
     token_configs,
+    weight_gradients_config,
     wide_configs,
 )
 from .output_projection import output_projection
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
 from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
+from .single_tile_backward import single_tile_backward
 from .token_attention import token_attention_backward, token_attention_forward
-from .token_moments import token_moments
+from .token_moments import partial_moments, token_moments
+from .weight_gradients import weight_gradients
 from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "forward_config",
     "group_statistics",
     "output_projection",
+    "partial_moments",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",
@@ -57,10 +62,14 @@ __all__ = [
     "qkv_projection",
     "qkv_projection_backward",
     "readable",
+    "single_tile_backward",
+    "single_tile_config",
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",
     "token_moments",
+    "weight_gradients",
+    "weight_gradients_config",
     "wide_attention_forward",
     "wide_configs",
     "wide_key_value_gradient",

@@ -15,6 +15,9 @@ MOMENTS_TILE = 64
 """Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
 MOMENTS_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
+WEIGHT_GRADIENTS_SIZES = (128, 16, 32, 32, 8, 1)
+"""Rows of dW_q and dW_k, columns of them, channels of a step, splits of a sum that are loaded at once, warps, stages."""
+
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
 # registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
 TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}
@@ -112,6 +115,20 @@ FOLDED_TABLE["blackwell", "fp32"] = FOLDED_TABLE["hopper", "fp32"] | {
     64: ((64, 32, 32, 16, 8, 1), (64, 64, 32, 32, 4, 1, 255), (64, 32, 32, 16, 8, 1), (32, 64, 32, 16, 8, 1),
          (64, 32, ALL, 32, 4, 2, 255)),
     128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
+}  # fmt: skip
+
+# The backward pass of a map that is one tile, in one launch: block_m is the tile, block_n what its gradients take at a step. Where a row is
+# missing it would spill; the kernels of FOLDED_TABLE run then.
+SINGLE_TILE_TABLE: dict[tuple[str, str], dict[int, Sizes]] = {
+    ("hopper", "half"): {
+        16: (64, 64, ALL, 16, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 64, 4, 1), 128: (64, 64, ALL, 64, 4, 1),
+    },
+    ("hopper", "tf32"): {
+        16: (64, 64, ALL, 16, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 32, 4, 1), 128: (64, 64, 64, 16, 8, 1),
+    },
+    ("hopper", "fp32"): {
+        16: (64, 32, ALL, 16, 8, 1), 32: (64, 32, ALL, 16, 8, 1), 64: (64, 32, 32, 16, 8, 1, 255), 128: (64, 16, 16, 16, 8, 1, 255),
+    },
 }  # fmt: skip
 
 # The forward kernel where it normalises the map itself: mean, factor and bias of all channels are held as well.
@@ -298,6 +315,12 @@ EQUAL_WIDTHS_TABLE["cdna", "half"] = TOKEN_TABLE["cdna", "half"] | {
     128: ((64, 64, ALL, 32, 4, 2), (64, 32, ALL, 32, 4, 1), (32, 32, ALL, 16, 4, 1)),
 }
 
-# Heads of more than 128 channels in queries and keys, or 256 in values, in the order of the kernels on tokens. They accumulate what the
-# kernels of wide maps do.
+# Heads of more than 128 channels in queries and keys, or 256 in values; the order of a row is that of the kernels on tokens. Forward a
+# program accumulates 256 channels, as on wide maps, of queries 256, of keys and values 128 each.
 WIDE_HEADS_TABLE: Table = dict(WIDE_TABLE)
+WIDE_HEADS_TABLE["hopper", "tf32"] = {512: ((64, 32, 64, 16, 8, 1), (64, 32, 64, 16, 8, 1), (32, 64, 32, 16, 8, 1))}
+WIDE_HEADS_TABLE["blackwell", "half"] = {512: ((64, 64, 64, 16, 8, 1), (64, 64, 64, 16, 8, 2), (32, 64, 64, 16, 8, 2))}
+WIDE_HEADS_TABLE["blackwell", "fp32"] = {512: ((64, 16, 32, 16, 8, 1, 255), (64, 32, 32, 16, 8, 1), (16, 32, 32, 16, 8, 1, 255))}
+WIDE_HEADS_TABLE["ampere", "tf32"] = {512: ((16, 32, 64, 16, 8, 1), (16, 16, 64, 16, 8, 1), (16, 32, 32, 16, 8, 1))}
+WIDE_HEADS_TABLE["cdna", "half"] = {512: ((64, 64, 32, 16, 8, 1), (64, 16, 64, 16, 8, 1), (32, 64, 64, 16, 8, 1))}
+WIDE_HEADS_TABLE["cdna", "fp32"] = {512: ((32, 32, 32, 16, 8, 1), (32, 32, 32, 16, 8, 1), (16, 16, 32, 16, 8, 1))}

@@ -10,10 +10,13 @@ from .block_sizes import (
     FOLDED_TABLE,
     NORMALIZED_TABLE,
     PROJECTED_TABLE,
+    SINGLE_TILE_TABLE,
     TF32X3_FROM,
     TOKEN_TABLE,
+    WEIGHT_GRADIENTS_SIZES,
     WIDE_HEADS_TABLE,
     WIDE_TABLE,
+    Sizes,
     Table,
 )
 
@@ -22,6 +25,10 @@ FUSED_CHANNELS = 256
 
 QUERY_STEP = 64
 """Channels of the widest tiles that the projection of folded queries takes at once."""
+
+MAX_SPLITS = 256
+"""Parts that the sums for the gradients of the weights come in at most: enough programs to fill the largest chips a few times over. A
+constant, so that the order of summation, and with it every bit of the result, is the same on all of them."""
 
 FILLS_A_CHIP = 128
 """So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
@@ -48,7 +55,8 @@ class LaunchConfig:
     block_m: query tokens a program, for `qkv_projection` tokens a program, for `token_moments` channels of the left factor.
     block_n: key tokens a step, for `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens
     taken at once; fewer than the map has means that they are read from memory step by step. block_d: rows of a weight a
-    step. max_registers: of a thread, where the assembler's own choice would spill; NVIDIA only.
+    step. For `weight_gradients` the four are as WEIGHT_GRADIENTS_SIZES names them. max_registers: of a thread, where the assembler's
+    own choice would spill; NVIDIA only.
     """
 
     block_m: int
@@ -190,6 +198,25 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 
 
 @functools.cache
+def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype: torch.dtype, target: Target) -> LaunchConfig | None:
+    """The configuration of `single_tile_backward`, or None where a map is not one tile, or `attention_backward` has to do it.
+
+    With many maps starting the kernels no longer counts, and the sums for the weights, one of each map, would.
+    """
+    operands, precision = _operands(num_channels, dtype, target)
+    sizes = SINGLE_TILE_TABLE.get((target.architecture, operands), {}).get(block_channels(num_channels))
+    if sizes is None or num_tokens > sizes[0] or num_maps > MAX_SPLITS:
+        return None
+    return _config(sizes, precision)
+
+
+@functools.cache
+def weight_gradients_config(target: Target) -> LaunchConfig:
+    """The configuration of `weight_gradients`, whose sums are in fp32 whatever the map is in."""
+    return _config(WEIGHT_GRADIENTS_SIZES, "tf32x3" if target.fp32_precision == "bf16x6" else target.fp32_precision)
+
+
+@functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
     return ProjectedConfigs(*_rows(PROJECTED_TABLE, num_channels, dtype, target))
@@ -234,16 +261,20 @@ def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[Laun
 
 
 def _rows(table: Table, num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
+    operands, precision = _operands(num_channels, dtype, target)
+    return [_config(sizes, precision) for sizes in table[target.architecture, operands][block_channels(num_channels)]]
+
+
+def _operands(num_channels: int, dtype: torch.dtype, target: Target) -> tuple[str, str]:
+    """The kind of rows that is looked for in the tables, and the precision of dots."""
     if dtype != torch.float32:
-        operands, precision = "half", "ieee"
-    else:
-        operands, precision = ("tf32" if target.fp32_precision == "tf32" else "fp32"), target.fp32_precision
-    block_c = block_channels(num_channels)
-    if precision == "bf16x6" and block_c >= TF32X3_FROM[target.architecture]:
-        precision = "tf32x3"
-    row = table[target.architecture, operands][block_c]
-    configs = []
-    for block_m, block_n, block_k, block_d, num_warps, num_stages, *registers in row:
-        max_registers = registers[0] if registers else None
-        configs.append(LaunchConfig(block_m, block_n, block_k, block_d, num_warps, num_stages, precision, max_registers))
-    return configs
+        return "half", "ieee"
+    if target.fp32_precision == "tf32":
+        return "tf32", "tf32"
+    splits_into_tf32 = target.fp32_precision == "bf16x6" and block_channels(num_channels) >= TF32X3_FROM[target.architecture]
+    return "fp32", "tf32x3" if splits_into_tf32 else target.fp32_precision
+
+
+def _config(sizes: Sizes, precision: str) -> LaunchConfig:
+    block_m, block_n, block_k, block_d, num_warps, num_stages, *registers = sizes
+    return LaunchConfig(block_m, block_n, block_k, block_d, num_warps, num_stages, precision, registers[0] if registers else None)

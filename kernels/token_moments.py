@@ -4,12 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import FUSED_CHANNELS, LaunchConfig, block_channels, num_tiles
+from .launch_config import FUSED_CHANNELS, MAX_SPLITS, LaunchConfig, block_channels, num_tiles
 from .primitives import load_tile, tile_offsets
-
-# Enough programs to fill the largest chips a few times over; a constant, so that the order of summation, and with it
-# every bit of the result, is the same on all of them.
-NUM_PROGRAMS = 256
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_split"])  # or small batches would compile a kernel of their own
@@ -65,16 +61,16 @@ def token_moments_kernel(
         tl.store(total_ptr + rows, total, mask=offs_a < A)
 
 
-def token_moments(
+def partial_moments(
     left: torch.Tensor,
     right: torch.Tensor,
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     config: LaunchConfig,
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A) of each pair, in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Σ left_i right_iᵀ` (splits, pairs, A, C) and `Σ left_i` (splits, pairs, A), in fp32, each split over tokens of its own.
 
-    `second` is another pair of the same shapes, summed in the same launch.
+    left (N, A, L) and right (N, C, L); `second` is another pair of the same shapes, summed in the same launch.
     """
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
@@ -82,7 +78,7 @@ def token_moments(
     block_c = min(block_channels(num_channels), FUSED_CHANNELS)
     token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
     programs = pairs * num_tiles(left_channels, config.block_m) * num_tiles(num_channels, block_c)
-    tiles_per_split = num_tiles(token_tiles, max(1, NUM_PROGRAMS // programs))
+    tiles_per_split = num_tiles(token_tiles, max(1, MAX_SPLITS // programs))
     splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, pairs, left_channels), dtype=torch.float32, device=left.device)
@@ -95,4 +91,19 @@ def token_moments(
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
+    return product, total
+
+
+def token_moments(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    config: LaunchConfig,
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A) of each pair, in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
+
+    `second` is another pair of the same shapes, summed in the same launch.
+    """
+    product, total = partial_moments(left, right, second, config=config)
     return product.sum(0).unbind(), total.sum(0).unbind()

@@ -322,7 +322,9 @@ def test_filed_rows(target):
 def test_every_kernel_of_64_channels(target, dtype, qk_channels):
     rows = static.rows_of(target, dtype, 64, qk_channels)
     attention = [r for r in rows if r["loop"] and r["loop"]["products"] is not None]
-    assert len(attention) == 4
+    assert len(attention) == (5 if qk_channels == 8 else 4)  # narrow queries take two launches for the sums of three weights
     for r in attention:
-        # Tiles in fp32 are narrower than what their warps cover, so that some warps repeat others' work.
-        assert 1 <= r["loop"]["products"] <= (1 if dtype in ("bf16", "fp16") else 4), r
+        # Tiles in fp32 are narrower than what their warps cover, so that some warps repeat others' work. In 16 bits the rows' sums of the
+        # query gradient are a product of 16 columns more: beside three of 64, or one of 64 and two of 16.
+        sums = 16 / (96 if qk_channels == 8 else 192) if "query_gradient" in r["kernel"] else 0
+        assert 1 <= r["loop"]["products"] <= (1.001 + sums if dtype in ("bf16", "fp16") else 4), r

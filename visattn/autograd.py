@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import query_normalized, torch_backend
 from .device import autocast_is_enabled
-from .folding import Gradients, Weights, weight_gradients
+from .folding import Gradients, Weights
 from .second_order import backward_of_backward
 
 
@@ -58,10 +58,7 @@ def compute_backward(
 ) -> tuple[Tensor | None, Gradients]:
     """The gradients of x and of every weight, None where not needed."""
     with without_autocast(x):
-        d_x, moments = implementation(settings).backward(x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights)
-        if moments is None:
-            return d_x, (None,) * len(weights)
-        return d_x, weight_gradients(weights, moments, settings.scale)
+        return implementation(settings).backward(x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights)
 
 
 def differentiable(x: Tensor, b_k: Tensor | None, weights: Weights, settings: Settings) -> Tensor:

@@ -38,6 +38,9 @@ class Weights(NamedTuple):
         return Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
 
 
+NO_GRADIENTS: Gradients = (None,) * len(Weights._fields)
+
+
 class Moments(NamedTuple):
     """Sums over all tokens i of all maps, in fp32 or wider, g being the gradient of the output.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .folding import Moments, Weights
+from .folding import NO_GRADIENTS, Gradients, Weights, weight_gradients
 from .layout import empty_map_like
 from .torch_attention import chunks
 from .torch_backend import folded_queries, gradient_through_queries, moments, output_projection, project, widen
@@ -48,10 +48,11 @@ def backward(
     residual: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, Moments | None]:
-    """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
+) -> tuple[Tensor | None, Gradients]:
+    """The gradients of x (N, C, H, W) and of the weights, each where needed."""
     del y, lse
-    tokens, g, weights = widen(x.flatten(2)), widen(d_out.flatten(2)), weights.matrices()
+    tokens, g = widen(x.flatten(2)), widen(d_out.flatten(2))
+    parameters, weights = weights, weights.matrices()
     t, values = folded_queries(weights, scale, tokens), _values(weights, tokens)
 
     d_tokens = _zeros(tokens)
@@ -76,7 +77,7 @@ def backward(
         else:
             d_x.flatten(2).copy_(d_tokens)
     # Σ_i g_i y_iᵀ and Σ_i g_i r_i, with y_i = Σ_j P_ji x_j and r_i = Σ_j P_ji, summed over the keys instead.
-    return d_x, moments(d_t, None, tokens, g_of_keys, tokens) if need_weights else None
+    return d_x, weight_gradients(parameters, moments(d_t, None, tokens, g_of_keys, tokens), scale) if need_weights else NO_GRADIENTS
 
 
 def rows(tokens: Tensor, w_q: Tensor, w_k: Tensor, b_k: Tensor | None, index: Tensor, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_attention
-from .folding import Moments, Weights
+from .folding import NO_GRADIENTS, Gradients, Moments, Weights, weight_gradients
 from .layout import empty_map_like
 
 PROJECTED_MIN_TOKENS = 256
@@ -52,10 +52,10 @@ def backward(
     residual: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, Moments | None]:
-    """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
+) -> tuple[Tensor | None, Gradients]:
+    """The gradients of x (N, C, H, W) and of the weights, each where needed."""
     tokens, g, y = widen(x.flatten(2)), widen(d_out.flatten(2)), widen(y)
-    weights = weights.matrices()
+    parameters, weights = weights, weights.matrices()
     if lse is not None:
         tokens, g = _token_major(tokens), _token_major(g)
     d_y = project(output_projection(weights, tokens.dtype)[0].mT, None, g)
@@ -72,7 +72,7 @@ def backward(
             torch.add(d_tokens, g, out=d_x.flatten(2))
         else:
             d_x.flatten(2).copy_(d_tokens)
-    return d_x, moments(d_q, d_k, tokens, g, y) if need_weights else None
+    return d_x, weight_gradients(parameters, moments(d_q, d_k, tokens, g, y), scale) if need_weights else NO_GRADIENTS
 
 
 def output(x: Tensor, tokens: Tensor, y: Tensor, weights: Weights, residual: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
-from .folding import Moments, Weights
+from .folding import NO_GRADIENTS, Gradients, Moments, Weights, weight_gradients
 from .layout import contiguous, deliver, empty_map_like, in_memory
 from .normalization import GroupNorm
 
@@ -75,48 +75,66 @@ def backward(
     residual: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, Moments | None]:
-    """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
+) -> tuple[Tensor | None, Gradients]:
+    """The gradients of x (N, C, H, W) and of the weights, each where needed."""
     assert lse is not None
     x, d_out = in_memory(x), in_memory(d_out)
     channels, target = x.shape[1], kernel_target(x.device)
     d_x = empty_map_like(x) if need_x else None
     if not x.numel():
-        zeros = x.new_zeros((channels, channels), dtype=torch.float32)
-        return d_x, Moments(zeros, zeros[0], zeros, zeros[0]) if need_weights else None
+        return d_x, weights.map(torch.zeros_like) if need_weights else NO_GRADIENTS
     if channels > kernels.FUSED_CHANNELS:
         return wide_triton_backend.backward(x, d_out, weights, y, lse, scale, residual, need_x, need_weights)
 
-    configs = kernels.backward_configs(channels, x.dtype, target)
     weights = weights.map(contiguous)
-    w_q, b_q, w_k, w_v, _, gamma = weights
     with on_device_of(x):
         tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
         d_tokens = None if d_x is None else kernels.writable(d_x.flatten(2))
-        d_k = None
-        if _projects_keys(weights, channels):
-            projected = kernels.projected_configs(channels, x.dtype, target)
-            q, k = _queries_and_keys(tokens, weights, scale, projected)
-            d_q, d_k = kernels.projected_attention_backward(
-                q, k, tokens, g, w_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=projected
-            )
-        else:
-            d_q = kernels.attention_backward(
-                tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=configs
-            )
+        backward_of_form = _backward_projected if _projects_keys(weights, channels) else _backward_folded
+        gradients = backward_of_form(tokens, g, weights, y, lse, d_tokens, scale, residual, need_weights, target)
         if d_x is not None and d_tokens is not None:
             deliver(d_tokens, d_x)
-        if not need_weights:
-            return d_x, None
-        if d_k is None:
-            # The value's first: it can become a gradient as it is, which begins where its memory does.
-            (value, query), (value_total, query_total) = kernels.token_moments(g, y, (d_q, tokens), config=configs.token_moments)
-            return d_x, Moments(query, query_total, value, value_total)
-        (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=configs.token_moments)
-        (value,), (value_total,) = kernels.token_moments(g, y, config=configs.token_moments)
-        # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
-        key = torch.addr(key, key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
-    return d_x, Moments(query, query_total, value, value_total, key)
+    return d_x, gradients
+
+
+def _backward_folded(
+    tokens: Tensor, g: Tensor, weights: Weights, y: Tensor, lse: Tensor, d_tokens: Tensor | None,
+    scale: float, residual: bool, need_weights: bool, target: kernels.Target,
+) -> Gradients:  # fmt: skip
+    """Fills d_tokens, unless it is None; the gradients of the weights, where needed."""
+    w_q, b_q, w_k, w_v, _, gamma = weights
+    operands = (tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens)
+    single_tile = kernels.single_tile_config(*tokens.shape, tokens.dtype, target)
+    if single_tile is not None:
+        sums = kernels.single_tile_backward(*operands, scale=scale, residual=residual, need_sums=need_weights, config=single_tile)
+    else:
+        configs = kernels.backward_configs(tokens.shape[1], tokens.dtype, target)
+        d_u = kernels.attention_backward(*operands, scale=scale, residual=residual, configs=configs)
+        sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments) if need_weights else None
+    if sums is None:
+        return NO_GRADIENTS
+    return kernels.weight_gradients(*sums, *weights, scale=scale, config=kernels.weight_gradients_config(target))
+
+
+def _backward_projected(
+    tokens: Tensor, g: Tensor, weights: Weights, y: Tensor, lse: Tensor, d_tokens: Tensor | None,
+    scale: float, residual: bool, need_weights: bool, target: kernels.Target,
+) -> Gradients:  # fmt: skip
+    """The same where keys are projected."""
+    w_q, _, w_k, w_v, _, gamma = weights
+    projected = kernels.projected_configs(tokens.shape[1], tokens.dtype, target)
+    q, k = _queries_and_keys(tokens, weights, scale, projected)
+    d_q, d_k = kernels.projected_attention_backward(
+        q, k, tokens, g, w_q, w_k, w_v, gamma, y, lse, d_tokens, scale=scale, residual=residual, configs=projected
+    )
+    if not need_weights:
+        return NO_GRADIENTS
+    config = kernels.backward_configs(tokens.shape[1], tokens.dtype, target).token_moments
+    (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=config)
+    (value,), (value_total,) = kernels.token_moments(g, y, config=config)
+    # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
+    key = torch.addr(key, key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
+    return weight_gradients(weights, Moments(query, query_total, value, value_total, key), scale)
 
 
 def _projects_keys(weights: Weights, channels: int) -> bool:

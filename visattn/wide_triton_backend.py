@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import kernels
 from .device import kernel_target, on_device_of
-from .folding import Moments, Weights
-from .layout import deliver, empty_map_like
+from .folding import NO_GRADIENTS, Gradients, Weights
+from .layout import contiguous, deliver, empty_map_like
 from .torch_backend import folded_queries, gradient_through_queries, output, output_projection
 
 LOG2E = math.log2(math.e)
@@ -40,11 +40,11 @@ def backward(
     residual: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor | None, Moments | None]:
-    """The gradient of x (N, C, H, W) and the sums that the gradients of the weights are made of, each where needed."""
+) -> tuple[Tensor | None, Gradients]:
+    """The gradients of x (N, C, H, W) and of the weights, each where needed."""
     configs = kernels.wide_configs(x.dtype, kernel_target(x.device))
     tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
-    weights = weights.matrices()
+    parameters, weights = weights, weights.matrices()
     u = kernels.readable(folded_queries(weights, scale * LOG2E, tokens))
     w_v, _ = output_projection(weights, x.dtype)
     d_y = torch.bmm(w_v.mT.expand(len(x), -1, -1), g, out=kernels.empty_with_strides_of(u))
@@ -61,6 +61,7 @@ def backward(
             kernels.wide_key_value_gradient(tokens, u, d_y, lse, delta, d_tokens, config=configs.key_value_gradient)
             deliver(d_tokens, d_x)
         if not need_weights:
-            return d_x, None
-        (value, query), (value_total, query_total) = kernels.token_moments(g, y, (d_u, tokens), config=configs.token_moments)
-    return d_x, Moments(query, query_total, value, value_total)
+            return d_x, NO_GRADIENTS
+        sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments)
+        config = kernels.weight_gradients_config(kernel_target(x.device))
+        return d_x, kernels.weight_gradients(*sums, *parameters.map(contiguous), scale=scale, config=config)

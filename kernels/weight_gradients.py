@@ -1,0 +1,150 @@
+"""Gradients of the weights from the sums over the tokens, for folded queries: the last launch of the backward pass.
+
+With `Q = Σ du_i x_iᵀ`, `q = Σ du_i`, `V = Σ g_i y_iᵀ` and `v = Σ g_i`, du being the gradient of the folded query `W_kᵀ (W_q x + b_q)`:
+`dW_q = scale · W_k Q`, `db_q = scale · W_k q`, `dW_k = scale · (W_q Qᵀ + b_q qᵀ)`, `dW_v = γ V`, `db_v = γ v` and
+`dγ = Σ W_v ∘ V + b_v · v`. The sums come in parts, one of each split of the tokens, and are added up in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch_config import LaunchConfig, block_channels, num_tiles
+from .primitives import load_rows
+
+
+@triton.jit
+def sum_of_splits(ptr, offsets, inside, splits, stride_s, BLOCK_S: tl.constexpr):
+    """Sum (ROWS, COLUMNS) of `splits` matrices at `offsets` (ROWS, COLUMNS) from ptr, stride_s apart, BLOCK_S of them loaded at once."""
+    acc = tl.zeros(offsets.shape, tl.float32)
+    for start_s in tl.range(0, splits, BLOCK_S, num_stages=1):
+        offs_s = start_s + tl.arange(0, BLOCK_S)
+        mask = (offs_s < splits)[:, None, None] & inside[None, :, :]
+        acc += tl.sum(tl.load(ptr + offs_s[:, None, None] * stride_s + offsets[None, :, :], mask=mask, other=0.0), 0)
+    return acc
+
+
+@triton.jit
+def weight_times_sums(
+    w_ptr, product_ptr, offs_r, offs_j, splits, STRIDE_K: tl.constexpr, STRIDE_J: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`W M` (BLOCK_R, BLOCK_J) in fp32 for rows offs_r of w_ptr (D, C) and columns offs_j of M (C, C), the sum of splits, 2 C² apart."""
+    acc = tl.zeros((offs_r.shape[0], offs_j.shape[0]), tl.float32)
+    for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        inside = (offs_k < C)[:, None] & (offs_j < C)[None, :]
+        offsets = offs_k[:, None] * STRIDE_K + offs_j[None, :] * STRIDE_J
+        m = sum_of_splits(product_ptr, offsets, inside, splits, 2 * C * C, BLOCK_S)
+        w = load_rows(w_ptr, offs_r, offs_k, D, C).to(tl.float32)
+        acc = tl.dot(w, m, acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def store_value_gradients(
+    product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, offs_j, splits,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Rows offs_j of dW_v, their db_v, and what they add to dγ, to d_gamma_ptr, one number; pointers as in `weight_gradients_kernel`."""
+    inside_j = offs_j < C
+    gamma = 1.0
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr).to(tl.float32)
+    d_gamma = tl.zeros((offs_j.shape[0],), tl.float32)
+    for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        inside = inside_j[:, None] & (offs_k < C)[None, :]
+        offsets = offs_j[:, None] * C + offs_k[None, :]
+        v = sum_of_splits(product_ptr, offsets, inside, splits, 2 * C * C, BLOCK_S)
+        if gamma_ptr is not None:
+            d_gamma += tl.sum(v * load_rows(w_v_ptr, offs_j, offs_k, C, C).to(tl.float32), 1)
+        tl.store(d_w_v_ptr + offsets, (gamma * v).to(d_w_v_ptr.dtype.element_ty), mask=inside)
+    if b_v_ptr is not None:
+        total = tl.sum(sum_of_splits(total_ptr, offs_j[None, :], inside_j[None, :], splits, 2 * C, BLOCK_S), 0)
+        if gamma_ptr is not None:
+            d_gamma += total * tl.load(b_v_ptr + offs_j, mask=inside_j, other=0.0).to(tl.float32)
+        tl.store(d_b_v_ptr + offs_j, (gamma * total).to(d_b_v_ptr.dtype.element_ty), mask=inside_j)
+    if gamma_ptr is not None:
+        tl.store(d_gamma_ptr, tl.sum(d_gamma, 0))
+
+
+@triton.jit(do_not_specialize=["splits"])  # or small batches would compile a kernel of their own
+def weight_gradients_kernel(
+    product_ptr, total_ptr,
+    w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
+    d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
+    splits, scale,
+    C: tl.constexpr, D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes BLOCK_J columns of BLOCK_R rows of dW_q, or of dW_k, or BLOCK_J rows of dW_v, and the biases' beside them.
+
+    product_ptr (splits, 2, C, C) and total_ptr (splits, 2, C), fp32: parts of V and Q, of v and q. w_q_ptr, w_k_ptr, d_w_q_ptr, d_w_k_ptr
+    (D, C); b_q_ptr, d_b_q_ptr (D) or None; w_v_ptr, d_w_v_ptr (C, C); b_v_ptr, d_b_v_ptr (C) or None; gamma_ptr (1) or None; d_gamma_ptr,
+    fp32, one number of each program with rows of dW_v, to be added up, or None.
+    """
+    parts: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
+    row_parts: tl.constexpr = (D + BLOCK_R - 1) // BLOCK_R
+    pid = tl.program_id(0)
+    offs_j = pid % parts * BLOCK_J + tl.arange(0, BLOCK_J)
+    offs_r = pid // parts % row_parts * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (offs_r < D)[:, None] & (offs_j < C)[None, :]
+    offsets = offs_r[:, None] * C + offs_j[None, :]
+    if pid < parts * row_parts:
+        d_w = weight_times_sums(w_k_ptr, product_ptr + C * C, offs_r, offs_j, splits, C, 1, C, D, BLOCK_K, BLOCK_S, INPUT_PRECISION)
+        tl.store(d_w_q_ptr + offsets, (scale * d_w).to(d_w_q_ptr.dtype.element_ty), mask=inside)
+        if b_q_ptr is not None and pid % parts == 0:
+            d_b = tl.zeros((BLOCK_R,), tl.float32)
+            for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
+                offs_k = start_k + tl.arange(0, BLOCK_K)
+                total = sum_of_splits(total_ptr + C, offs_k[None, :], (offs_k < C)[None, :], splits, 2 * C, BLOCK_S)
+                d_b += tl.sum(load_rows(w_k_ptr, offs_r, offs_k, D, C).to(tl.float32) * total, 1)
+            tl.store(d_b_q_ptr + offs_r, (scale * d_b).to(d_b_q_ptr.dtype.element_ty), mask=offs_r < D)
+    elif pid < 2 * parts * row_parts:
+        d_w = weight_times_sums(w_q_ptr, product_ptr + C * C, offs_r, offs_j, splits, 1, C, C, D, BLOCK_K, BLOCK_S, INPUT_PRECISION)
+        if b_q_ptr is not None:
+            b_q = tl.load(b_q_ptr + offs_r, mask=offs_r < D, other=0.0).to(tl.float32)
+            d_w += b_q[:, None] * sum_of_splits(total_ptr + C, offs_j[None, :], (offs_j < C)[None, :], splits, 2 * C, BLOCK_S)
+        tl.store(d_w_k_ptr + offsets, (scale * d_w).to(d_w_k_ptr.dtype.element_ty), mask=inside)
+    else:
+        store_value_gradients(
+            product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr,
+            None if d_gamma_ptr is None else d_gamma_ptr + pid % parts, offs_j, splits, C, BLOCK_K, BLOCK_S,
+        )  # fmt: skip
+
+
+def weight_gradients(
+    product: torch.Tensor,
+    total: torch.Tensor,
+    w_q: torch.Tensor,
+    b_q: torch.Tensor | None,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    b_v: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    *,
+    scale: float,
+    config: LaunchConfig,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of w_q, b_q, w_k, w_v, b_v and gamma, each in its weight's dtype and shape, None where there is no such weight.
+
+    product (splits, 2, C, C) and total (splits, 2, C), as `partial_moments` of g with y and du with x gives them. w_q, w_k (D, C), w_v
+    (C, C), the weights of 1×1 convolutions as well; all contiguous.
+    """
+    qk_channels, channels = w_q.shape[:2]
+    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, w_v, b_v)]
+    block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
+    d_gamma = None if gamma is None else product.new_empty(parts)
+    weight_gradients_kernel[((2 * num_tiles(qk_channels, block_r) + 1) * parts,)](
+        product, total,
+        w_q, b_q, w_k, w_v, b_v, gamma,
+        *gradients, d_gamma,
+        len(product), scale,
+        C=channels, D=qk_channels, BLOCK_R=block_r, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+    if gamma is None or d_gamma is None:
+        return *gradients, None
+    return *gradients, d_gamma.sum().to(gamma.dtype).view_as(gamma)
