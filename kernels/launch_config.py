@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,13 +36,12 @@ FILLS_A_CHIP = 128
 depend on it."""
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What the choice of block sizes depends on besides the problem.
 
     `architecture` is "hopper" (sm_90), "blackwell" (sm_100), "cdna" (AMD) or "ampere" (sm_80, 86, 89, 120 and what is not listed:
     mma.sync and at most 99 KB of shared memory).
-    `fp32_precision` is how a dot of fp32 operands is computed (`input_precision` of `tl.dot`).
+    `fp32_precision` is how a dot of fp32 operands is computed (`input_precision` of `tl.dot`). A tuple, whose hash costs a look-up less.
     """
 
     architecture: str

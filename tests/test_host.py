@@ -167,7 +167,7 @@ class TestShortPath:
         for target, dtype, channels in itertools.product(targets, (torch.float32, torch.float16, torch.bfloat16), (20, 32, 64, 100, 256)):
             for look_up in (launch_config.forward_config, launch_config.backward_configs, launch_config.projected_configs):
                 found = look_up(channels, dtype, target)
-                assert found is look_up(channels, dtype, dataclasses.replace(target))
+                assert found is look_up(channels, dtype, kernels.Target(*target))
                 assert found == look_up.__wrapped__(channels, dtype, target)
 
     def test_launches_do_not_change_the_options_they_share(self):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 import visattn
 from visattn import reference
@@ -42,6 +44,23 @@ def test_the_same_seed_initialises_like_a_plain_module():
     ours = visattn.Attention(12)
     for a, b in zip(plain.parameters(), ours.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "change", [spectral_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)], ids=["spectral norm", "pruning"]
+)
+def test_weights_that_something_else_makes(change):
+    """They are no parameters of the convolution then, and the layer takes what the convolution itself would."""
+    ours, plain = visattn.Attention(12).double().eval(), PlainAttention(12).double().eval()
+    plain.load_state_dict(ours.state_dict())
+    for layer in (ours, plain):
+        torch.manual_seed(0)
+        change(layer.conv_key)
+        change(layer.conv_value)
+    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-12)
+    torch.func.functional_call(ours, {"conv_query.weight": torch.zeros(12, 12, 1, 1, dtype=torch.float64)}, (x,))
+    assert ours.conv_query.weight.any()
 
 
 def test_factory_arguments():

@@ -54,11 +54,20 @@ class _ThreeConvolutions(AttentionLayer):
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
-        query, key, value = modules["conv_query"], modules["conv_key"], modules["conv_value"]
-        return query.weight, key.weight, value.weight, query.bias, key.bias, value.bias
+        (w_q, b_q), (w_k, b_k), (w_v, b_v) = [_weight_and_bias(modules[name]) for name in ("conv_query", "conv_key", "conv_value")]
+        return w_q, w_k, w_v, b_q, b_k, b_v
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}"
+
+
+def _weight_and_bias(convolution: nn.Module) -> tuple[Any, Any]:
+    """Looked up where parameters are, unless something else makes them, as spectral norm does."""
+    own = convolution._parameters
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:
+        return convolution.weight, convolution.bias
 
 
 class Attention(_ThreeConvolutions):
