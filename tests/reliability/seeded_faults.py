@@ -26,6 +26,7 @@ WIDE = ACCUMULATES + "[triton-(2, 320, 5, 7)-40-peaked-0.0-torch.float16]"
 WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-3.0-torch.float16]"
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
+SINGLE = "tests/test_single_tiles.py"
 PROJECTED = "tests/test_projected_tokens.py"
 NORMALIZED = "tests/test_normalized_maps.py"
 LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
@@ -138,6 +139,24 @@ KERNELS = [
                    "delta += rest", "delta += 0 * rest", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
     in_interpreter("every part of a head's values the first", "token_attention",
                    "offs_cv = part * BLOCK_CV + tl", "offs_cv = tl", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
+    in_interpreter("sums of the first map for all that are one tile", "single_tile_backward",
+                   "product_ptr += n * 2 * C * C", "product_ptr += 0", SINGLE + "::test_branch_and_gradients"),
+    in_interpreter("maps that are one tile, with as many as there may be", "launch_config",
+                   "or num_maps > MAX_SPLITS", "", SINGLE + "::TestRule"),
+    in_interpreter("maps larger than a tile taken for one", "launch_config",
+                   "num_tokens > sizes[0] or", "", SINGLE + "::test_which_one_runs"),
+    in_interpreter("first splits of a sum only", "weight_gradients",
+                   "for start_s in tl.range(0, splits, BLOCK_S", "for start_s in tl.range(0, 1, BLOCK_S", SINGLE + "::TestWeightGradients"),
+    in_interpreter("gradient of W_k from sums that are not transposed", "weight_gradients",
+                   "offs_j, splits, 1, C, C, D", "offs_j, splits, C, 1, C, D", SINGLE + "::TestWeightGradients"),
+    in_interpreter("bias left out of the gradient of W_k", "weight_gradients",
+                   "d_w += b_q[:, None]", "d_w += 0 * b_q[:, None]", SINGLE + "::TestWeightGradients"),
+    in_interpreter("bias of the first rows only", "weight_gradients",
+                   "and pid % parts == 0", "and pid == 0", SINGLE + "::TestWeightGradients"),
+    in_interpreter("γ left out of the gradient of W_v", "weight_gradients",
+                   "(gamma * v)", "(v)", SINGLE + "::TestWeightGradients"),
+    in_interpreter("b_v left out of the gradient of γ", "weight_gradients",
+                   "d_gamma += total *", "d_gamma += 0 * total *", SINGLE + "::TestWeightGradients"),
     in_interpreter("more parts of the keys than there are", "token_attention",
                    "if part < key_parts:", "if part > key_parts:", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
 ]  # fmt: skip
