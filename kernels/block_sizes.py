@@ -15,7 +15,7 @@ MOMENTS_TILE = 64
 """Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
 MOMENTS_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
-WEIGHT_GRADIENTS_SIZES = (128, 16, 32, 32, 8, 1)
+WEIGHT_GRADIENTS_SIZES = (128, 16, 64, 16, 8, 1)
 """Rows of dW_q and dW_k, columns of them, channels of a step, splits of a sum that are loaded at once, warps, stages."""
 
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
