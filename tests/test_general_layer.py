@@ -219,8 +219,8 @@ class TestForm:
         assert "form is projected: a pixel takes" in visattn.explain(thin, x)
         assert "form is folded: keys and values are the map itself" in visattn.explain(visattn.SelfAttention2d(8, norm_groups=2), x)
         with use_backend("triton"):
-            wide = visattn.SelfAttention2d(8, qk_channels=258, num_heads=2)
-            with pytest.raises(RuntimeError, match="at most 128 channels in queries and keys and 256 in values, they have 129 and 4"):
+            wide = visattn.SelfAttention2d(8, qk_channels=1026, num_heads=2)
+            with pytest.raises(RuntimeError, match="heads of at most 512 channels, they have 513 and 4 in values"):
                 wide(x)
 
 
