@@ -161,8 +161,7 @@ def layer_launches(
             kernels.wide_attention_forward(x, u, y, lse, config=wide.forward)
             d_u, delta = kernels.wide_query_gradient(x, u, d_y, y, lse, config=wide.query_gradient)
             kernels.wide_key_value_gradient(x, u, d_y, lse, delta, d_x, config=wide.key_value_gradient)
-            sums = kernels.partial_moments(d_out, y, (d_u, x), config=wide.token_moments)
-            kernels.weight_gradients(*sums, w_q, b_q, w_k, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
+            kernels.token_moments(d_out, y, (d_u, x), config=wide.token_moments)
             return launches
         configs = kernels.backward_configs(channels, dtype, target)
         if kernels.projects_keys(channels, width):

@@ -47,7 +47,7 @@ PROJECTION_KERNELS = [
     "token_moments_kernel",
     "token_moments_kernel",
 ]
-WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", *KERNELS[3:]]
+WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", *KERNELS[3:5]]
 SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
 NORMALIZING_KERNELS = ["channel_moments_kernel", "group_statistics_kernel", "qkv_projection_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]

@@ -43,11 +43,18 @@ def test_saturated_rows():
     assert_correct([make_problem(BLOCKS["BigGAN"], torch.float32, maps=8, regime="peaked", seed=s, residual=False) for s in range(3)])
 
 
-@pytest.mark.parametrize(("dtype", "regime"), [(torch.float32, "uniform"), (torch.float16, "peaked")], ids=str)
-def test_heads_of_more_channels_than_one_program_accumulates(dtype, regime):
-    """A non-local block within a ResNet: 256 channels attend, of which a program accumulates 128 for the keys, and a head with more."""
-    for block_ in (Block(24, 256, 256, settings={"pool": 2}), Block(24, 520, 528, settings={"num_heads": 2})):
-        assert_correct([make_problem(block_, dtype, maps=1, size=(5, 7), regime=regime, seed=s, residual=False) for s in range(2)])
+@pytest.mark.parametrize(
+    ("block_", "dtype", "regime"),
+    [
+        (Block(24, 256, 256, settings={"pool": 2}), torch.float16, "peaked"),
+        (Block(8, 136, 264, settings={"pool": 2}), torch.float32, "uniform"),
+        (Block(24, 520, 528, settings={"num_heads": 2}), torch.float16, "uniform"),
+    ],
+    ids=["non-local", "wide values", "two heads"],
+)
+def test_heads_of_more_channels_than_one_program_accumulates(block_, dtype, regime):
+    """Of 256 channels, as a non-local block within a ResNet has them, a program accumulates 128 for the keys."""
+    assert_correct([make_problem(block_, dtype, maps=1, size=(5, 7), regime=regime, seed=s, residual=False) for s in range(2)])
 
 
 def test_a_large_common_mean():

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from . import kernels
 from .device import kernel_target, on_device_of
-from .folding import NO_GRADIENTS, Gradients, Weights
-from .layout import contiguous, deliver, empty_map_like
+from .folding import NO_GRADIENTS, Gradients, Moments, Weights, weight_gradients
+from .layout import deliver, empty_map_like
 from .torch_backend import folded_queries, gradient_through_queries, output, output_projection
 
 LOG2E = math.log2(math.e)
@@ -62,6 +62,5 @@ def backward(
             deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, NO_GRADIENTS
-        sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments)
-        config = kernels.weight_gradients_config(kernel_target(x.device))
-        return d_x, kernels.weight_gradients(*sums, *parameters.map(contiguous), scale=scale, config=config)
+        (value, query), (value_total, query_total) = kernels.token_moments(g, y, (d_u, tokens), config=configs.token_moments)
+    return d_x, weight_gradients(parameters, Moments(query, query_total, value, value_total), scale)
