@@ -13,6 +13,11 @@ from .layouts import LAYOUTS, channels_last, contiguous, lazily_negated, one_col
 from .oracle import Problem, assert_correct, make_problem, run_layer
 
 SHAPE = (2, 24, 6, 8)
+LARGER = (2, 24, 6, 12)  # than a tile, for which the backward pass has other kernels
+FEW_PAIRS = [
+    (channels_last, contiguous), (contiguous, channels_last), (sliced, one_map_for_all), (one_column_for_all, transposed),
+    (lazily_negated, contiguous), (contiguous, lazily_negated),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -26,26 +31,21 @@ def test_layouts(layout, gradient_layout, dtype, backend, place):
     assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems], backend)
 
 
-@pytest.mark.parametrize(
-    ("layout", "gradient_layout"),
-    [
-        (channels_last, contiguous), (contiguous, channels_last), (sliced, one_map_for_all), (one_column_for_all, transposed),
-        (lazily_negated, contiguous), (contiguous, lazily_negated),
-    ],
-)  # fmt: skip
-def test_layouts_with_narrow_queries(layout, gradient_layout, backend, place):
+@pytest.mark.parametrize(("shape", "qk_channels"), [(SHAPE, 5), (LARGER, None)], ids=["narrow queries", "more than a tile"])
+@pytest.mark.parametrize(("layout", "gradient_layout"), FEW_PAIRS)
+def test_layouts_of_other_forms(layout, gradient_layout, shape, qk_channels, backend, place):
     if backend == "triton" and INTERPRETING:
-        compare_bits_in_interpreter(layout, gradient_layout, torch.float16, qk_channels=5)
+        compare_bits_in_interpreter(layout, gradient_layout, torch.float16, shape, qk_channels)
         return
-    problems = [make_problem(SHAPE, torch.float16, qk_channels=5, regime="peaked", seed=seed).to(place) for seed in range(3)]
+    problems = [make_problem(shape, torch.float16, qk_channels=qk_channels, regime="peaked", seed=seed).to(place) for seed in range(3)]
     assert_correct([replace(p, x=layout(p.x), d_out=gradient_layout(p.d_out)) for p in problems], backend)
 
 
-def compare_bits_in_interpreter(layout, gradient_layout, dtype, qk_channels=None):
+def compare_bits_in_interpreter(layout, gradient_layout, dtype, shape=SHAPE, qk_channels=None):
     """The kernels read strides and compute nothing from them, so the same values must give the same bits."""
     if dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 dots wrongly")
-    problem = make_problem(SHAPE, dtype, qk_channels=qk_channels, regime="peaked")
+    problem = make_problem(shape, dtype, qk_channels=qk_channels, regime="peaked")
     moved = replace(problem, x=layout(problem.x), d_out=gradient_layout(problem.d_out))
     ours = run_layer(moved, "triton")
     x, d_out = (t.resolve_neg().contiguous() for t in (moved.x, moved.d_out))

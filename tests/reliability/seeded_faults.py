@@ -15,6 +15,7 @@ class Mutant(NamedTuple):
 
 
 PLAIN, PEAKED = "[triton-(2, 16, 3, 5)-torch.float32-uniform]", "[triton-(2, 64, 8, 8)-torch.float32-peaked]"
+SEVERAL_TILES = "[triton-(3, 16, 10, 10)-torch.float32-peaked]"
 BRANCH, NARROW = "tests/test_correctness.py::test_branch_and_gradients", "tests/test_correctness.py::test_narrow_queries"
 TRAP = "tests/test_correctness.py::test_keys_that_do_not_exist_have_no_weight"
 WHOLE = "[triton-(1, 256, 5, 7)-torch.float16-peaked]"
@@ -110,7 +111,7 @@ KERNELS = [
                    "first_c + part * du_part.shape[1]", "first_c", BRANCH + WHOLE),
     in_interpreter("last tile left out of the weights' gradients", "token_moments",
                    "tl.minimum(first + tiles_per_split, num_tiles)", "tl.minimum(first + tiles_per_split, num_tiles - 1)",
-                   BRANCH + PLAIN),
+                   BRANCH + SEVERAL_TILES),
     in_interpreter("scale left out of what x gets through thin queries", "projected_attention_backward",
                    "tl.trans(d_x * scale)", "tl.trans(d_x)", NARROW + "[triton-(1, 20, 3, 5)-5-dtype1-peaked]"),
     in_interpreter("what rounding leaves of Σ dS meets the keys", "projected_attention_backward",
@@ -209,11 +210,11 @@ WIDE_MAPS = [
     in_interpreter("keys' gradient of the first channels only", "attention_backward",
                    "first_c = tile % parts * BLOCK_C", "first_c = 0", WIDE),
     in_interpreter("the two pairs of a sum exchanged", "token_moments",
-                   "second = split % 2 == 1", "second = split % 2 == 0", BRANCH + PLAIN),
+                   "second = split % 2 == 1", "second = split % 2 == 0", BRANCH + SEVERAL_TILES),
     in_interpreter("strides of the first pair for the second", "token_moments",
                    "stride_al, stride_bl = tl.where(second, stride_cl, stride_al), tl.where",
                    "stride_al, stride_bl = stride_al, tl.where",
-                   "tests/test_layouts.py::test_layouts[triton-contiguous-channels_last-torch.float32]"),
+                   "tests/test_layouts.py::test_layouts_of_other_forms"),
     in_interpreter("keys of the first split for all", "wide_attention",
                    "(row % splits).to(tl.int32) * keys_per_split", "(row % splits).to(tl.int32) * 0", SPLITS),
     in_interpreter("splits merged without their weights", "wide_attention",
@@ -225,7 +226,7 @@ WIDE_MAPS = [
            "            if residual:\n", "            if True:\n", WIDE, True),
     Mutant("numbers read as they lie where they are negated", "visattn/layout.py",
            "return tensor.resolve_neg() if tensor.is_neg() else tensor", "return tensor",
-           "tests/test_layouts.py::test_layouts_with_narrow_queries[triton-lazily_negated-contiguous]", True),
+           "tests/test_layouts.py::test_layouts_of_other_forms[triton-lazily_negated-contiguous-narrow queries]", True),
 ]  # fmt: skip
 
 LAUNCHERS = [
