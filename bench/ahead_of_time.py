@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,14 +118,20 @@ def caught_launches(start: bool = False) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     run = JITFunction.run
 
-    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = {name: kwargs[name] for name in set(kwargs) - set(self.arg_names)}
         arguments = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
         launches.append(Launch(self, arguments, options, grid))
-        return run(self, *args, grid=grid, warmup=warmup, **kwargs) if start else None
+        if start:
+            run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    with mock.patch.object(JITFunction, "run", catch):
+    with mock.patch.object(JITFunction, "run", catch), nothing_remembered():
         yield launches
+
+
+def nothing_remembered() -> AbstractContextManager[object]:
+    """Within the block every launch is Triton's own until one returns what it has compiled, and nothing is known of that afterwards."""
+    return mock.patch.dict(kernels.launching._remembered, clear=True)
 
 
 def layer_launches(

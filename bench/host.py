@@ -9,8 +9,9 @@ Where the time goes is found by recording the calls of one step with their argum
 same rounds as the whole. A part that is repeated runs from warm caches, as it never does in a step: "colder caches" is the
 time of all parts one after another less their sum. "Not explained" is the rest of the whole: the lines between the parts.
 
-What `kernel[grid](...)` costs beyond the stub, and the questions that only a GPU can answer, such as making its device
-current, cannot be measured this way.
+Triton's part of a start, from the compiled kernel on, is measured by itself, with a driver that starts nothing: there kernels are
+compiled, and `kernels/launching.py` stands beside Triton's own `kernel[grid](...)`. What the driver takes, and the questions that only
+a GPU can answer, such as making its device current, cannot be measured this way.
 """
 
 import argparse
@@ -28,15 +29,18 @@ from typing import Any
 
 import torch
 
-from visattn import device, files, report
+from visattn import device, files, kernels, report
 
 from .environment import environment
-from .host_parts import CASES, COLDER, MODES, Case, Step, parts_of, stubbed_launches, with_graph
+from .host_parts import CASES, COLDER, MODES, Case, Step, asked_launches, parts_of, stubbed_launches, with_graph
+from .stub_driver import stubbed_driver
 
 TARGETS = {"forward": 20.0, "forward + backward": 60.0}
 """Microseconds a call."""
 
 WHOLE, UNEXPLAINED = "whole", "not explained"
+STARTS = "Start of a kernel, Triton's part included"
+TRITON_S_START, OUR_START = "kernel[grid]", "launch"
 ROUNDS = 200
 BATCH = 200.0
 """Microseconds that a batch of calls takes: a small part of a scheduler's time slice."""
@@ -106,7 +110,7 @@ def measure(cases: Sequence[Case] = tuple(CASES), rounds: int = ROUNDS) -> Figur
     try:
         load = os.getloadavg()[0]
         rows = [row for case in cases for mode in MODES for row in _measure_one(case, mode, rounds)]
-        return Figures(environment(torch.device("cpu")), load, [_yardstick(rounds), *rows])
+        return Figures(environment(torch.device("cpu")), load, [_yardstick(rounds), *rows, *_starts(cases[0], rounds)])
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(threads)
@@ -132,7 +136,12 @@ def markdown(figures: Figures) -> str:
             found = [cells.get((part, mode)) for mode in MODES]
             lines.append([part, *("" if row is None else f"{row.p20:.1f} ({row.calls})" for row in found)])
         text.append(f"Where it goes, {case}: p20 of each part in µs (calls)\n\n" + report.markdown_table(["part", *MODES], lines))
-    text.append("Not contained: what a real launch costs beyond the stub, and questions that only a GPU can answer.")
+    starts = {(row.part, row.mode): f"{row.p20:.1f}" for row in rows if row.case == STARTS}
+    if starts:
+        ways = (TRITON_S_START, OUR_START)
+        lines = [[kernel, *(starts[kernel, way] for way in ways)] for kernel in dict.fromkeys(kernel for kernel, _ in starts)]
+        text.append(f"{STARTS}: p20 in µs\n\n" + report.markdown_table(["kernel", *ways], lines))
+    text.append("Not contained: what the driver takes to start a kernel, and questions that only a GPU can answer.")
     return "\n".join(text)
 
 
@@ -155,6 +164,22 @@ def _measure_one(case: Case, mode: str, rounds: int) -> list[Row]:
     figures |= {UNEXPLAINED: total - sum(figures.values()), WHOLE: total}
     counts |= {UNEXPLAINED: 1, WHOLE: 1}
     return [Row(case.name, mode, part, counts[part], *values.tolist()) for part, values in figures.items()]
+
+
+def _starts(case: Case, rounds: int) -> list[Row]:
+    """Each kernel of a forward and backward pass, started by Triton alone and by `launch`, up to a driver that does nothing."""
+    rows = []
+    with torch.no_grad(), stubbed_driver(lambda _: None), _quiet():
+        for kernel, grid, args, constants in asked_launches(case):
+            ways = {
+                TRITON_S_START: _Batches(functools.partial(kernel[grid], *args, **constants)),
+                OUR_START: _Batches(functools.partial(kernels.launching.launch, kernel, *grid, *args, **constants)),
+            }
+            for _ in range(rounds):
+                for batch in ways.values():
+                    batch.time()
+            rows += [Row(STARTS, way, kernel.__name__, 1, *batch.percentiles()) for way, batch in ways.items()]
+    return rows
 
 
 def _yardstick(rounds: int) -> Row:

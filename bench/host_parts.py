@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import JITFunction
 
 from visattn import Attention, autograd, device, dispatch, functional, kernels, triton_backend, use_backend, validation
+
+from .ahead_of_time import nothing_remembered
 
 MODES = ("forward", "forward, graph kept", "forward + backward")
 COLDER = "colder caches"
@@ -77,16 +79,55 @@ def parameters_of(layer: nn.Module) -> tuple[Tensor, ...]:
     return Attention._parameters_in_order(layer)  # type: ignore[arg-type, return-value]
 
 
+class _CompiledToNothing:
+    """What Triton would have compiled, to be started as that is."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+_COMPILED_TO_NOTHING = _CompiledToNothing()
+
+
 @contextmanager
-def stubbed_launches(run: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
-    """Within the block tensors on the CPU take the kernels' path on a Hopper GPU, as far as to `run` in place of each launch."""
+def stubbed_launches(run: Callable[..., Any] = lambda *_, **__: _COMPILED_TO_NOTHING) -> Iterator[None]:
+    """Within the block tensors on the CPU take the kernels' path on a Hopper GPU, as far as to what Triton would have compiled.
+
+    `run` stands for Triton's own launch, which takes place where it is not known yet what that returns, or where that was None.
+    """
     with (
         mock.patch.object(JITFunction, "run", run),
+        nothing_remembered(),
         mock.patch.object(device, "triton_is_interpreting", _always),
         mock.patch.object(triton_backend, "kernel_target", _hopper),
         use_backend("auto"),
     ):
         yield
+
+
+class Asked(NamedTuple):
+    """What Triton is asked to start."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+def asked_launches(case: Case) -> list[Asked]:
+    """Those of a forward and a backward pass, none of which takes place."""
+    asked = []
+
+    def run(kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        asked.append(Asked(kernel, grid, args, constants))
+
+    with stubbed_launches(run):
+        with_graph(Step(case, "forward + backward"))()
+    return asked
 
 
 def _always() -> bool:
@@ -153,7 +194,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self._note("launches, stubbed", lambda: kernel[grid](*args, **kwargs))
+        self._note("launches, stubbed", lambda: kernels.launching.launch(kernel, *grid, *args, **kwargs))
 
     def recorded(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

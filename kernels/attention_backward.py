@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .alignment import empty_with_strides_of
 from .launch_config import BackwardConfigs, block_channels, num_tiles
+from .launching import launch
 from .primitives import (
     LN2,
     LOG2E,
@@ -333,7 +334,8 @@ def attention_backward(
     delta = torch.empty_like(lse)
 
     config = configs.prepare
-    prepare_backward_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+    launch(
+        prepare_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
         d_out, *d_out.stride(),
         w_q, b_q, w_k, w_v, gamma,
@@ -347,7 +349,8 @@ def attention_backward(
 
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
     config = configs.query_gradient
-    query_gradient_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+    launch(
+        query_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
         d_out, *d_out.stride(),
         u, d_y, *u.stride(),
@@ -363,7 +366,8 @@ def attention_backward(
 
     if d_x is not None:
         config = configs.key_value_gradient
-        key_value_gradient_kernel[(num_maps * num_tiles(num_tokens, config.block_n),)](
+        launch(
+            key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n),
             x, *x.stride(),
             u, d_y, *y.stride(),
             lse, delta,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import (
     LOG2E,
     NORM_ROWS,
@@ -193,9 +194,9 @@ def attention_forward(
     `config.parks_queries`. norm: what `group_statistics` tells of x, where the normalised map attends.
     """
     num_maps, num_channels, num_tokens = x.shape
-    grid = (num_maps * num_tiles(num_tokens, config.block_m),)
     block_c = block_channels(num_channels)
-    attention_forward_kernel[grid](
+    launch(
+        attention_forward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
         w_q, b_q, w_k, w_v, b_v, gamma,
         out, y, *out.stride(),

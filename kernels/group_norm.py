@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .block_sizes import MOMENTS_OPTIONS, MOMENTS_TILE
 from .launch_config import num_tiles, token_splits
+from .launching import launch
 from .primitives import NORM_ROWS, load_tile, locate, tile_offsets
 
 
@@ -118,14 +119,16 @@ def group_statistics(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.T
     parts = num_tiles(num_channels, MOMENTS_TILE)
     splits, tokens_per_split = token_splits(num_maps * parts, num_tokens, MOMENTS_TILE)
     moments = torch.empty((num_maps, splits, 2, num_channels), dtype=torch.float32, device=x.device)
-    channel_moments_kernel[(num_maps * splits * parts,)](
+    launch(
+        channel_moments_kernel, num_maps * splits * parts,
         x, *x.stride(),
         moments,
         num_tokens, splits, tokens_per_split,
         C=num_channels, BLOCK_C=MOMENTS_TILE, BLOCK_L=MOMENTS_TILE, **MOMENTS_OPTIONS,
     )  # fmt: skip
     norm = torch.empty((num_maps, NORM_ROWS.value, num_channels), dtype=torch.float32, device=x.device)
-    group_statistics_kernel[(num_maps * num_groups,)](
+    launch(
+        group_statistics_kernel, num_maps * num_groups,
         x, *x.stride()[:2],
         moments, weight, bias, norm,
         num_tokens, splits, tokens_per_split, eps,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import load_tile, locate, store_output, tile_offsets
 
 
@@ -49,7 +50,8 @@ def output_projection(
 ) -> None:
     """Fills `out` (N, C, L) from y (N, V, L) and x (N, C, L), any strides; weight (C, V), bias (C), gamma one element, contiguous."""
     num_maps, value_channels, num_tokens = y.shape
-    output_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+    launch(
+        output_projection_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         y, *y.stride(),
         weight, bias, gamma,
         x, *x.stride(),

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .alignment import empty_with_strides_of
 from .launch_config import ProjectedConfigs, block_channels, num_tiles
+from .launching import launch
 from .primitives import (
     LN2,
     dot_over_channels,
@@ -311,7 +312,8 @@ def projected_attention_backward(
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
 
     config = configs.prepare
-    prepare_projected_backward_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
+    launch(
+        prepare_projected_backward_kernel, num_maps * num_tiles(num_queries, config.block_m),
         d_out, *d_out.stride(),
         y, d_y, *y.stride(),
         mean_k, *q.stride(),
@@ -324,7 +326,8 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.query_gradient
-    projected_query_gradient_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
+    launch(
+        projected_query_gradient_kernel, num_maps * num_tiles(num_queries, config.block_m),
         q, mean_k, d_q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -340,7 +343,8 @@ def projected_attention_backward(
     )  # fmt: skip
 
     config = configs.key_value_gradient
-    projected_key_value_gradient_kernel[(num_maps * num_tiles(num_keys, config.block_n),)](
+    launch(
+        projected_key_value_gradient_kernel, num_maps * num_tiles(num_keys, config.block_n),
         q, *q.stride(),
         k, d_k, *k.stride(),
         v, *v.stride(),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import attend_tile, dot_over_channels, load_tile, locate, store_output, store_tile, tile_offsets
 
 
@@ -125,7 +126,8 @@ def projected_attention_forward(
     num_maps, qk_channels, num_queries = q.shape
     value_channels, num_keys = v.shape[1:]
     block_cv, block_d = block_channels(value_channels), block_channels(qk_channels)
-    projected_attention_forward_kernel[(num_maps * num_tiles(num_queries, config.block_m),)](
+    launch(
+        projected_attention_forward_kernel, num_maps * num_tiles(num_queries, config.block_m),
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),

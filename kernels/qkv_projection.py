@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .alignment import empty_aligned
 from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import NORM_ROWS, load_normalized, locate, project_back, project_tile, store_tile, tile_offsets
 
 
@@ -86,7 +87,8 @@ def qkv_projection(
         weight, bias, factor = projection or (None, None, None)
         arguments += [weight, bias, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, factor]
         arguments += [out, *((0, 0, 0) if out is None else out.stride())]
-    qkv_projection_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+    launch(
+        qkv_projection_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
         *arguments,
         norm, num_tokens,
@@ -144,7 +146,8 @@ def qkv_projection_backward(
     d_q, d_k (N, E, L) and d_v (N, V, L), any strides; w_q, w_k (E, C) and w_v (V, C), contiguous.
     """
     num_maps, num_channels, num_tokens = d_x.shape
-    qkv_projection_backward_kernel[(num_maps * num_tiles(num_tokens, config.block_m),)](
+    launch(
+        qkv_projection_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         d_q, *d_q.stride(), w_q,
         d_k, *d_k.stride(), w_k,
         d_v, *d_v.stride(), w_v,

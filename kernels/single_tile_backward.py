@@ -11,6 +11,7 @@ import triton.language as tl
 from .alignment import empty_with_strides_of
 from .attention_backward import key_value_gradient_kernel, prepare_backward_kernel, query_gradient_kernel
 from .launch_config import LaunchConfig, block_channels
+from .launching import launch
 from .primitives import load_tile, tile_offsets
 
 
@@ -120,7 +121,8 @@ def single_tile_backward(
     u, d_y, d_u = (empty_with_strides_of(y) for _ in range(3))
     product = lse.new_empty((num_maps, 2, num_channels, num_channels)) if need_sums else None
     total = lse.new_empty((num_maps, 2, num_channels)) if need_sums else None
-    single_tile_backward_kernel[(num_maps,)](
+    launch(
+        single_tile_backward_kernel, num_maps,
         x, *x.stride(),
         d_out, *d_out.stride(),
         w_q, b_q, w_k, w_v, gamma,

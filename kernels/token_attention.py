@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import FUSED_CHANNELS, LaunchConfig, TokenConfigs, block_channels, has_wide_heads, num_tiles
+from .launching import launch
 from .primitives import load_tile, locate, store_tile, tile_offsets
 from .projected_attention_backward import accumulate_projected_key_value_gradient, accumulate_projected_query_gradient
 from .projected_attention_forward import attend_projected_keys
@@ -245,7 +246,8 @@ def token_attention_forward(
     """
     blocks = _blocks(config, block_channels(q.shape[1]), min(block_channels(v.shape[1]), FUSED_CHANNELS))
     programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(v.shape[1], blocks["BLOCK_CV"])
-    token_attention_forward_kernel[(programs,)](
+    launch(
+        token_attention_forward_kernel, programs,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -286,7 +288,8 @@ def token_attention_backward(
     config = configs.query_gradient
     blocks = _blocks(config, min(block_d, FUSED_CHANNELS), min(block_cv, FUSED_CHANNELS))
     programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(q.shape[1], blocks["BLOCK_D"])
-    token_query_gradient_kernel[(programs,)](
+    launch(
+        token_query_gradient_kernel, programs,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -304,7 +307,8 @@ def token_attention_backward(
     widest = FUSED_CHANNELS // 2 if has_wide_heads(q.shape[1], v.shape[1]) else FUSED_CHANNELS
     blocks = _blocks(config, min(block_d, widest), min(block_cv, widest))
     parts = max(num_tiles(q.shape[1], blocks["BLOCK_D"]), num_tiles(v.shape[1], blocks["BLOCK_CV"]))
-    token_key_value_gradient_kernel[(q.shape[0] * num_tiles(k.shape[2], config.block_n) * parts,)](
+    launch(
+        token_key_value_gradient_kernel, q.shape[0] * num_tiles(k.shape[2], config.block_n) * parts,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import FUSED_CHANNELS, MAX_SPLITS, LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import load_tile, tile_offsets
 
 
@@ -82,10 +83,14 @@ def partial_moments(
     splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, pairs, left_channels), dtype=torch.float32, device=left.device)
-    token_moments_kernel[(splits * programs,)](
+    of_second: tuple[torch.Tensor | int | None, ...] = (None, 0, 0, 0, None, 0, 0, 0)
+    if second is not None:
+        of_second = (second[0], *second[0].stride(), second[1], *second[1].stride())
+    launch(
+        token_moments_kernel, splits * programs,
         left, *left.stride(),
         right, *right.stride(),
-        *((None, 0, 0, 0, None, 0, 0, 0) if second is None else (second[0], *second[0].stride(), second[1], *second[1].stride())),
+        *of_second,
         product, total,
         token_tiles, tiles_per_split, num_tokens,
         A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,

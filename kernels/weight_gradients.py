@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch_config import LaunchConfig, block_channels, num_tiles
+from .launching import launch
 from .primitives import load_rows
 
 
@@ -137,7 +138,8 @@ def weight_gradients(
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, w_v, b_v)]
     block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
     d_gamma = None if gamma is None else product.new_empty(parts)
-    weight_gradients_kernel[((2 * num_tiles(qk_channels, block_r) + 1) * parts,)](
+    launch(
+        weight_gradients_kernel, (2 * num_tiles(qk_channels, block_r) + 1) * parts,
         product, total,
         w_q, b_q, w_k, w_v, b_v, gamma,
         *gradients, d_gamma,

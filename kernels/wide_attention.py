@@ -21,6 +21,7 @@ from .attention_backward import key_value_gradient_kernel, query_gradient_of_all
 from .attention_forward import attend_all_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
+from .launching import launch
 from .primitives import load_tile, locate, store_tile, tile_offsets
 
 
@@ -150,12 +151,13 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
 
     x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
     """
-    (programs,), (num_maps, num_channels, num_tokens) = _grid(x, config.block_m), x.shape
+    programs, (num_maps, num_channels, num_tokens) = _programs(x, config.block_m), x.shape
     splits, keys_per_split = token_splits(programs, num_tokens, config.block_n)
     split_y, split_lse = y, lse
     if splits > 1:
         split_y, split_lse = _empty_in_order_of(y, num_maps * splits), lse.new_empty((num_maps * splits, num_tokens))
-    wide_attention_forward_kernel[(programs * splits,)](
+    launch(
+        wide_attention_forward_kernel, programs * splits,
         x, *x.stride(),
         u, *u.stride(),
         split_y, *split_y.stride(),
@@ -164,7 +166,8 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
         **_blocks(x, config), **config.options,
     )  # fmt: skip
     if splits > 1:
-        merge_splits_kernel[(num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),)](
+        launch(
+            merge_splits_kernel, num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),
             split_y, *split_y.stride(),
             split_lse,
             y, *y.stride(),
@@ -190,7 +193,8 @@ def wide_query_gradient(
     x, u, y and lse as the forward pass took and left them; d_y (N, C, L), the gradient of y, has the strides of u.
     """
     d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
-    wide_query_gradient_kernel[_grid(x, config.block_m)](
+    launch(
+        wide_query_gradient_kernel, _programs(x, config.block_m),
         x, *x.stride(),
         u, d_y, *u.stride(),
         y, d_u, *y.stride(),
@@ -205,7 +209,8 @@ def wide_key_value_gradient(
     x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, d_x: torch.Tensor, *, config: LaunchConfig
 ) -> None:
     """Adds to `d_x` (N, C, L) what x receives as keys and as values; delta (N, L) is that of `wide_query_gradient`."""
-    key_value_gradient_kernel[_grid(x, config.block_n)](
+    launch(
+        key_value_gradient_kernel, _programs(x, config.block_n),
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,
@@ -215,8 +220,8 @@ def wide_key_value_gradient(
     )  # fmt: skip
 
 
-def _grid(x: torch.Tensor, block: int) -> tuple[int]:
-    return (x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS),)
+def _programs(x: torch.Tensor, block: int) -> int:
+    return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)
 
 
 def _blocks(x: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:

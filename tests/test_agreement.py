@@ -35,7 +35,7 @@ def test_largest_relative_difference():
 def test_rows_replace_older_ones_of_their_kind_and_make_the_section(monkeypatch, tmp_path):
     monkeypatch.setattr(agreement, "FILE", tmp_path / "agreement.json")
     row = {
-        "model": "vit", "kinds": ["sdpa", "naive"], "dtype": "fp64", "steps": 2, "batch_size": 8, "learning_rate": 1e-3, "difference": 2e-3,
+        "model": "vit", "kinds": ["sdpa", "naive"], "dtype": "fp64", "steps": 2, "batch_size": 8, "image_shape": [3, 32, 24], "learning_rate": 1e-3, "difference": 2e-3,
         "control": 1e-9, "losses": [2.3, 1.1], "processor": "an abacus", "torch": torch.__version__, "commit": None,
     }  # fmt: skip
     agreement.file(row)
@@ -43,6 +43,6 @@ def test_rows_replace_older_ones_of_their_kind_and_make_the_section(monkeypatch,
     agreement.file(row | {"difference": 4e-4})
     assert [(r["dtype"], r["difference"]) for r in agreement.filed()] == [("fp32", 2e-3), ("fp64", 4e-4)]
     text = agreement.section(agreement.filed())
-    assert "| vit (sdpa and naive) | fp32 | 2.300 → 1.100 | 2.0e-03 | no | 1.0e-09 |" in text
-    assert "| fp64 | 2.300 → 1.100 | 4.0e-04 | yes |" in text
+    assert "| vit (sdpa and naive) | fp32 | 8 of 32×24 | 2.300 → 1.100 | 2.0e-03 | no | 1.0e-09 |" in text
+    assert "| fp64 | 8 of 32×24 | 2.300 → 1.100 | 4.0e-04 | yes |" in text
     assert "an abacus" in text

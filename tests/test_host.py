@@ -123,6 +123,13 @@ def test_the_table_shows_every_part(figures):
         assert row.part in table or row.part == host.WHOLE
 
 
+def test_starts_are_timed_both_ways(figures):
+    rows = [row for row in figures.rows if row.case == host.STARTS]
+    kernels_of_step = expected_launches(host_parts.CASES[0], "forward + backward")
+    assert [(row.part, row.mode) for row in rows] == list(itertools.product(kernels_of_step, (host.TRITON_S_START, host.OUR_START)))
+    assert all(0 < row.p20 <= row.p50 <= row.p80 for row in rows)
+
+
 def test_command_line(figures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(host, "measure", lambda: figures)
     parser = argparse.ArgumentParser()

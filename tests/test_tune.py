@@ -247,17 +247,27 @@ def test_a_candidate_is_what_is_compiled():
 # The trial on a GPU, with stubs for what only a GPU can do: launches fill nothing, and are told from each other by their arguments.
 
 
+class StubbedKernel:
+    """What Triton tells of a compiled kernel; starting it does nothing."""
+
+    n_regs, n_spills, metadata = 90, 0, SimpleNamespace(shared=1024)
+
+    def __getitem__(self, grid):
+        return lambda *_: None
+
+
 @pytest.fixture
 def stubbed_gpu(monkeypatch):
     """A machine on the CPU; `launched` are the launches, `compiled` what each of them says of its kernel."""
     launched: list[tuple[str, dict]] = []
-    compiled = SimpleNamespace(n_regs=90, n_spills=0, metadata=SimpleNamespace(shared=1024))
+    compiled = StubbedKernel()
 
     def run(self, *args, grid, warmup, **kwargs):
         launched.append((self.__name__, kwargs))
         return compiled
 
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(kernels.launching, "_remembered", {})
     monkeypatch.setattr(dispatch, "unsupported_reasons", lambda *_: [])
     monkeypatch.setattr(triton_backend, "kernel_target", lambda _: TARGET)
     monkeypatch.setattr(trial, "kernel_target", lambda _: TARGET)
