@@ -98,7 +98,8 @@ def measure(name: str, dtype: str, steps: int = STEPS) -> dict[str, Any]:
     ours, naive, control = (losses(name, kind, DTYPES[dtype], steps, off) for kind, off in runs)
     return {
         "model": name, "kinds": pair, "dtype": dtype, "steps": steps,
-        "batch_size": BATCHES.get(name, OTHER_BATCHES).size, "image_shape": image_shape(name), "learning_rate": RECIPES[name].learning_rate, "difference": difference(ours, naive), "control": difference(control, naive),
+        "batch_size": BATCHES.get(name, OTHER_BATCHES).size, "image_shape": image_shape(name),
+        "learning_rate": RECIPES[name].learning_rate, "difference": difference(ours, naive), "control": difference(control, naive),
         "losses": [naive[0], naive[-1]],
         "processor": describe(torch.device("cpu")), "torch": torch.__version__, "commit": provenance.commit(),
     }  # fmt: skip
@@ -119,7 +120,8 @@ def section(rows: list[dict[str, Any]]) -> str:
     """The README's section."""
     lines = [
         [
-            f"{r['model']} ({r['kinds'][0]} and {r['kinds'][1]})", r["dtype"], f"{r['batch_size']} of {r['image_shape'][1]}×{r['image_shape'][2]}",
+            f"{r['model']} ({r['kinds'][0]} and {r['kinds'][1]})", r["dtype"],
+            f"{r['batch_size']} of {r['image_shape'][1]}×{r['image_shape'][2]}",
             f"{r['losses'][0]:.3f} → {r['losses'][1]:.3f}",
             f"{r['difference']:.1e}", "yes" if r["difference"] < LIMIT else "no", f"{r['control']:.1e}",
         ]

@@ -35,8 +35,9 @@ def test_largest_relative_difference():
 def test_rows_replace_older_ones_of_their_kind_and_make_the_section(monkeypatch, tmp_path):
     monkeypatch.setattr(agreement, "FILE", tmp_path / "agreement.json")
     row = {
-        "model": "vit", "kinds": ["sdpa", "naive"], "dtype": "fp64", "steps": 2, "batch_size": 8, "image_shape": [3, 32, 24], "learning_rate": 1e-3, "difference": 2e-3,
-        "control": 1e-9, "losses": [2.3, 1.1], "processor": "an abacus", "torch": torch.__version__, "commit": None,
+        "model": "vit", "kinds": ["sdpa", "naive"], "dtype": "fp64", "steps": 2, "batch_size": 8, "image_shape": [3, 32, 24],
+        "learning_rate": 1e-3, "difference": 2e-3, "control": 1e-9, "losses": [2.3, 1.1],
+        "processor": "an abacus", "torch": torch.__version__, "commit": None,
     }  # fmt: skip
     agreement.file(row)
     agreement.file(row | {"dtype": "fp32"})
