@@ -183,10 +183,14 @@ def layer_launches(
             kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
             kernels.token_moments(d_out, y, config=configs.token_moments)
             return launches
-        kernels.attention_forward(
-            x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse,
-            scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target),
-        )  # fmt: skip
+        forward = kernels.forward_config(channels, dtype, target)
+        splits, keys = kernels.key_splits(maps, channels, tokens, forward)
+        if splits > 1:
+            kernels.split_attention_forward(x, w_q, b_q, w_k, y, lse, scale=0.125, splits=splits, keys_per_split=keys, config=forward)
+            output = kernels.projection_configs(channels, dtype, target).qkv_projection
+            kernels.output_projection(y, w_v, b_v, gamma, x, out, residual=True, factor=None, config=output)
+        else:
+            kernels.attention_forward(x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse, scale=0.125, residual=True, config=forward)
         operands = (x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x)
         single_tile = kernels.single_tile_config(maps, channels, tokens, dtype, target)
         if single_tile is not None:
@@ -294,10 +298,13 @@ def normalized_launches(
         projection, config = kernels.Projection(weight, empty(128, channels)), kernels.projection_configs(channels, dtype, target)
         kernels.qkv_projection(x, projection, projection, projection, norm, config=config.qkv_projection)
         if kernels.attends_normalized(channels, dtype, target):
+            forward = kernels.forward_config(channels, dtype, target, True)
             kernels.attention_forward(
-                x, weight, vector, weight, weight, vector, vector[:1], out, y, lse, norm,
-                scale=0.125, residual=True, config=kernels.forward_config(channels, dtype, target, True),
-            )  # fmt: skip
+                x, weight, vector, weight, weight, vector, vector[:1], out, y, lse, norm, scale=0.125, residual=True, config=forward
+            )
+            kernels.split_attention_forward(
+                x, weight, vector, weight, y, lse, norm, scale=0.125, splits=2, keys_per_split=tokens // 128 * 64, config=forward
+            )
     return launches
 
 

@@ -4,6 +4,7 @@ from .alignment import empty_aligned, empty_with_strides_of, readable, writable
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
 from .group_norm import group_statistics
+from .key_splits import split_attention_forward
 from .launch_config import (
     FUSED_CHANNELS,
     BackwardConfigs,
@@ -16,6 +17,7 @@ from .launch_config import (
     attends_normalized,
     backward_configs,
     forward_config,
+    key_splits,
     projected_configs,
     projection_configs,
     projects_keys,
@@ -52,6 +54,7 @@ __all__ = [
     "empty_with_strides_of",
     "forward_config",
     "group_statistics",
+    "key_splits",
     "output_projection",
     "partial_moments",
     "projected_attention_backward",
@@ -64,6 +67,7 @@ __all__ = [
     "readable",
     "single_tile_backward",
     "single_tile_config",
+    "split_attention_forward",
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",

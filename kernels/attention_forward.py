@@ -99,6 +99,48 @@ def queries_of_raw_keys(u, norm_ptr, offs_c, C: tl.constexpr):
 
 
 @triton.jit
+def fold_queries(
+    x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale, norm_ptr,
+    u_ptr, stride_uc, stride_ul, offs_c,
+    C: tl.constexpr, D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The folded queries u (BLOCK_M, BLOCK_C) of a tile of the map behind x_ptr (C, num_tokens), and the offset (BLOCK_M) of logits.
+
+    They hold scale and log2(e), and are of the normalised map with norm_ptr (NORM_ROWS, C), but for raw keys; without, the offset is 0.
+    With BLOCK_P < BLOCK_C the projection takes BLOCK_P channels at a time, and u is parked in u_ptr (C, num_tokens): read back it is an
+    operand in shared memory instead of registers. With BLOCK_K < BLOCK_C it stays there.
+    """
+    u = project_there_and_back(
+        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
+        C, D, BLOCK_C, BLOCK_P, BLOCK_D, INPUT_PRECISION, norm_ptr,
+    ).to(x_ptr.dtype.element_ty)  # fmt: skip
+    offset = 0.0
+    if norm_ptr is not None:
+        u, offset = queries_of_raw_keys(u, norm_ptr, offs_c, C)
+    if BLOCK_P < BLOCK_C:
+        offsets = tile_offsets(offs_c, offs_m, stride_uc, stride_ul)
+        store_tile(u_ptr, offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
+        tl.debug_barrier()
+        if BLOCK_K == BLOCK_C:
+            u = tl.trans(load_tile(u_ptr, offsets, offs_c, offs_m, C, num_tokens, True))
+    return u, offset
+
+
+@triton.jit
+def attended(acc, m_i, l_i, norm_ptr, offset, offs_c, C: tl.constexpr):
+    """y (BLOCK_M, BLOCK_C) and lse (BLOCK_M), in fp32, of what `attend_all_keys` found; with norm_ptr (NORM_ROWS, C) those of that map."""
+    lse = m_i + tl.log2(l_i)
+    y = acc / l_i[:, None]
+    if norm_ptr is not None:
+        tl.debug_barrier()  # or what was loaded for the queries would stay in registers till now
+        mean, factor, bias = load_norm(norm_ptr, offs_c, C)
+        y = (y - mean[None, :]) * factor[None, :] + bias[None, :]
+        lse += offset
+    return y, lse
+
+
+@triton.jit
 def attention_forward_kernel(
     x_ptr, stride_xn, stride_xc, stride_xl,
     w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
@@ -116,50 +158,33 @@ def attention_forward_kernel(
     the base-2 log-sum-exp of the folded logits, or None. With norm_ptr (N, NORM_ROWS, C) it is the normalised map h that is projected
     and that attends, y and lse are those of h, and x is what is added. Keys and values are x even then.
 
-    With BLOCK_P < BLOCK_C the queries' projection takes BLOCK_P channels at a time, and the folded queries are parked in this program's
-    own rows of y_ptr, which must be given: read back they are an operand in shared memory instead of registers. With BLOCK_K < BLOCK_C
+    With BLOCK_P < BLOCK_C the folded queries are parked in this program's own rows of y_ptr, which must be given. With BLOCK_K < BLOCK_C
     they stay there, y takes their place after them, and every dot over channels reads BLOCK_K of them at a time.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     offs_c = tl.arange(0, BLOCK_C)
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += n * stride_xn
+    out_ptr += n * stride_on
+    if y_ptr is not None:
+        y_ptr += n * stride_on
     if norm_ptr is not None:
         norm_ptr += n * NORM_ROWS * C
 
-    u = project_there_and_back(
-        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale * LOG2E,
-        C, D, BLOCK_C, BLOCK_P, BLOCK_D, INPUT_PRECISION, norm_ptr,
-    ).to(x_ptr.dtype.element_ty)  # fmt: skip
-    if norm_ptr is not None:
-        u, offset = queries_of_raw_keys(u, norm_ptr, offs_c, C)
-    out_ptr += n * stride_on
-    out_offsets = tile_offsets(offs_c, offs_m, stride_oc, stride_ol)
-    if y_ptr is not None:
-        y_ptr += n * stride_on
-    if BLOCK_P < BLOCK_C:
-        store_tile(y_ptr, out_offsets, tl.trans(u), offs_c, offs_m, C, num_tokens)
-        tl.debug_barrier()
-        if BLOCK_K == BLOCK_C:
-            u = tl.trans(load_tile(y_ptr, out_offsets, offs_c, offs_m, C, num_tokens, True))
-
+    u, offset = fold_queries(
+        x_ptr, stride_xc, stride_xl, offs_m, num_tokens, w_q_ptr, b_q_ptr, w_k_ptr, scale, norm_ptr,
+        y_ptr, stride_oc, stride_ol, offs_c, C, D, BLOCK_C, BLOCK_K, BLOCK_P, BLOCK_D, INPUT_PRECISION,
+    )  # fmt: skip
     acc, m_i, l_i = attend_all_keys(
         u, y_ptr, stride_oc, stride_ol, offs_m, num_tokens, x_ptr, stride_xc, stride_xl, offs_c, num_tokens,
         C, BLOCK_N, BLOCK_K, BLOCK_P < BLOCK_K, INPUT_PRECISION, norm_ptr is not None,
     )  # fmt: skip
-
-    lse = m_i + tl.log2(l_i)
-    y = acc / l_i[:, None]
-    if norm_ptr is not None:
-        tl.debug_barrier()  # or what was loaded for the queries would stay in registers till now
-        mean, factor, bias = load_norm(norm_ptr, offs_c, C)
-        y = (y - mean[None, :]) * factor[None, :] + bias[None, :]
-        lse += offset
+    y, lse = attended(acc, m_i, l_i, norm_ptr, offset, offs_c, C)
     y = y.to(x_ptr.dtype.element_ty)
     if BLOCK_P < BLOCK_C:
         tl.debug_barrier()  # the folded queries have been read for the last time
     if y_ptr is not None:
-        store_tile(y_ptr, out_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
+        store_tile(y_ptr, tile_offsets(offs_c, offs_m, stride_oc, stride_ol), tl.trans(y), offs_c, offs_m, C, num_tokens)
     if BLOCK_K < BLOCK_C:
         tl.debug_barrier()
     if lse_ptr is not None:

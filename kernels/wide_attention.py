@@ -8,8 +8,7 @@ for the key and value gradient, for which the kernel of that file serves.
 A program owns BLOCK_C channels of what it accumulates. Those that share a tile of tokens each compute its weights, from all channels:
 two accumulators of 256 channels would not fit into registers, and handing weights over would mean writing them.
 
-Where a few maps make too few programs to fill a chip, the forward pass splits the keys among programs. Each attends to its own keys, and
-what they find is merged in a fixed order: `y = Σ_s w_s y_s / Σ_s w_s` with `w_s = exp2(lse_s)`.
+Where a few maps make too few programs to fill a chip, the forward pass splits the keys among programs, as in key_splits.py.
 """
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from .alignment import empty_with_strides_of
 from .attention_backward import key_value_gradient_kernel, query_gradient_of_all_keys, store_query_gradient
 from .attention_forward import attend_all_keys
-from .block_sizes import MERGE_OPTIONS, MERGE_TILE
+from .key_splits import empty_splits, merge_splits
 from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
 from .launching import launch
 from .primitives import load_tile, locate, store_tile, tile_offsets
@@ -61,46 +60,6 @@ def wide_attention_forward_kernel(
     store_tile(y_ptr, y_offsets, tl.trans(y), offs_c, offs_m, C, num_tokens)
     if part == 0:
         tl.store(lse_ptr + row * num_tokens + offs_m, m_i + tl.log2(l_i), mask=offs_m < num_tokens)
-
-
-@triton.jit
-def merge_splits_kernel(
-    split_y_ptr, stride_sn, stride_sc, stride_sl,
-    split_lse_ptr,
-    y_ptr, stride_yn, stride_yc, stride_yl,
-    lse_ptr,
-    num_tokens, splits,
-    C: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program merges BLOCK_C channels of BLOCK_L tokens of one map.
-
-    split_y_ptr (N · splits, C, L) fp32; split_lse_ptr (N · splits, L) fp32, base 2; y_ptr (N, C, L); lse_ptr (N, L) fp32.
-    """
-    parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L) * parts)
-    part = tile % parts
-    offs_c = part * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_l = tile // parts * BLOCK_L + tl.arange(0, BLOCK_L)
-    split_offsets = tile_offsets(offs_c, offs_l, stride_sc, stride_sl)
-    inside = offs_l < num_tokens
-
-    acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    highest = tl.full((BLOCK_L,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_L,), tl.float32)
-    for split in range(splits):
-        row = n * splits + split
-        lse = tl.load(split_lse_ptr + row * num_tokens + offs_l, mask=inside, other=0.0)
-        y = load_tile(split_y_ptr, row * stride_sn + split_offsets, offs_c, offs_l, C, num_tokens, True)
-        new_highest = tl.maximum(highest, lse)
-        weight, alpha = tl.exp2(lse - new_highest), tl.exp2(highest - new_highest)
-        acc = acc * alpha[None, :] + y * weight[None, :]
-        total = total * alpha + weight
-        highest = new_highest
-    y_offsets = n * stride_yn + tile_offsets(offs_c, offs_l, stride_yc, stride_yl)
-    store_tile(y_ptr, y_offsets, acc / total[None, :], offs_c, offs_l, C, num_tokens)
-    if part == 0:
-        tl.store(lse_ptr + n * num_tokens + offs_l, highest + tl.log2(total), mask=inside)
 
 
 @triton.jit
@@ -151,11 +110,9 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
 
     x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
     """
-    programs, (num_maps, num_channels, num_tokens) = _programs(x, config.block_m), x.shape
+    programs, num_tokens = _programs(x, config.block_m), x.shape[2]
     splits, keys_per_split = token_splits(programs, num_tokens, config.block_n)
-    split_y, split_lse = y, lse
-    if splits > 1:
-        split_y, split_lse = _empty_in_order_of(y, num_maps * splits), lse.new_empty((num_maps * splits, num_tokens))
+    split_y, split_lse = empty_splits(y, lse, splits) if splits > 1 else (y, lse)
     launch(
         wide_attention_forward_kernel, programs * splits,
         x, *x.stride(),
@@ -166,23 +123,7 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
         **_blocks(x, config), **config.options,
     )  # fmt: skip
     if splits > 1:
-        launch(
-            merge_splits_kernel, num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),
-            split_y, *split_y.stride(),
-            split_lse,
-            y, *y.stride(),
-            lse,
-            num_tokens, splits,
-            C=num_channels, BLOCK_L=MERGE_TILE, BLOCK_C=MERGE_TILE, **MERGE_OPTIONS,
-        )  # fmt: skip
-
-
-def _empty_in_order_of(y: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows, C, L) in fp32, dense, with channels or tokens side by side as in y (N, C, L)."""
-    _, channels, length = y.shape
-    shape = (rows, length, channels) if y.stride(1) == 1 else (rows, channels, length)
-    empty = torch.empty(shape, dtype=torch.float32, device=y.device)
-    return empty.mT if y.stride(1) == 1 else empty
+        merge_splits(split_y, split_lse, y, lse)
 
 
 def wide_query_gradient(

@@ -48,7 +48,8 @@ PROJECTION_KERNELS = [
     "token_moments_kernel",
 ]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", *KERNELS[3:5]]
-SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
+WIDE_SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
+SPLIT_KERNELS = ["split_attention_forward_kernel", "merge_splits_kernel", "output_projection_kernel", *KERNELS[1:]]
 NORMALIZING_KERNELS = ["channel_moments_kernel", "group_statistics_kernel", "qkv_projection_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
@@ -94,7 +95,7 @@ def check_projections(name: str, precision: str, channels: int, qk_channels: int
 def check_normalized(name: str, precision: str, channels: int, *, channels_last: bool) -> None:
     dtype, highest = PRECISIONS[precision]
     launches = normalized_launches(DEVICES[name], dtype, channels, highest=highest, channels_last=channels_last)
-    attends = ["attention_forward_kernel"] if precision == "bf16" and name != "gfx942" else []
+    attends = ["attention_forward_kernel", *SPLIT_KERNELS[:2]] if precision == "bf16" and name != "gfx942" else []
     assert [launch.name for launch in launches] == NORMALIZING_KERNELS + attends
     check_launches(launches, DEVICES[name])
 
@@ -142,7 +143,8 @@ def test_more_channels_than_one_program_accumulates(name, precision, channels):
 
 
 def test_keys_split_among_programs():
-    check("sm_90", "bf16", 512, kernels=SPLIT_KERNELS, maps=1)
+    check("sm_90", "bf16", 512, kernels=WIDE_SPLIT_KERNELS, maps=1)
+    check("sm_90", "bf16", 64, kernels=SPLIT_KERNELS, maps=1, tokens=4096)
 
 
 def test_channels_last():
@@ -238,7 +240,18 @@ def test_every_configuration_of_maps_of_one_tile(name, precision, channels, toke
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_wide_maps(name, precision, channels, channels_last):
     check(name, precision, channels, kernels=WIDE_KERNELS, channels_last=channels_last)
-    check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last, maps=1)
+    check(name, precision, channels, kernels=WIDE_SPLIT_KERNELS, channels_last=channels_last, maps=1)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("channels", [32, 48, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_split_keys(name, precision, channels, channels_last):
+    """Maps of 48×48, of which one makes few programs of any size."""
+    check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last, maps=1, tokens=2304)
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from visattn import SelfAttention2d, use_backend
 from visattn.device import kernel_target
 
 from .conftest import HAS_GPU
@@ -46,10 +47,34 @@ class TestRule:
                 assert (found - 1) * keys < 64 * steps - 5 <= found * keys
 
 
+class TestWhereItPays:
+    @pytest.mark.parametrize(
+        ("maps", "channels", "tokens", "splits"),
+        [
+            (1, 64, 4096, 2),  # 64 programs become 128
+            (1, 64, 2304, 3),
+            (1, 64, 1024, 1),  # saves 12 steps of 64 keys
+            (1, 256, 1024, 4),  # the same steps, more than twice as long
+            (2, 128, 1024, 1),
+            (2, 64, 4096, 1),  # fills the chip
+            (64, 64, 1024, 1),
+            (1, 64, 65536, 1),
+            (0, 64, 4096, 1),
+        ],
+    )
+    def test_forward_on_hopper(self, maps, channels, tokens, splits):
+        config = kernels.forward_config(channels, torch.bfloat16, kernels.Target("hopper", "bf16x6"))
+        assert config.block_m == config.block_n == 64
+        found, keys = kernels.key_splits(maps, channels, tokens, config)
+        assert found == splits
+        assert (found - 1) * keys < tokens <= found * keys
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_one_map_as_a_vae_has_it(dtype):
-    assert_correct(make_problem((1, 512, 32, 32), dtype, regime="peaked"), "triton", PLACE)
+@pytest.mark.parametrize("shape", [(1, 512, 32, 32), (1, 256, 32, 32), (1, 64, 64, 64)], ids=str)
+def test_one_map(shape, dtype):
+    assert_correct(make_problem(shape, dtype, regime="peaked"), "triton", PLACE)
 
 
 @pytest.mark.kernels
@@ -92,3 +117,49 @@ class TestKernels:
             lse.double(), logits.logsumexp(2) / torch.log(torch.tensor(2.0, dtype=torch.float64)), rtol=1e-5, atol=1e-5
         )
         torch.testing.assert_close(y.double(), x.double() @ logits.softmax(2).mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.kernels
+class TestFolded:
+    """Maps that one program holds: three launches instead of one forward, the same backward."""
+
+    @pytest.fixture(autouse=True)
+    def _short_splits(self, monkeypatch):
+        """As many as there are steps, so that short maps will do."""
+        self.splits = []
+
+        def every_step(num_maps, num_channels, num_tokens, config):
+            self.splits.append((launch_config.num_tiles(num_tokens, config.block_n), config.block_n))
+            return self.splits[-1]
+
+        monkeypatch.setattr(kernels, "key_splits", every_step)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("regime", ["uniform", "peaked"])
+    def test_branch_and_gradients(self, dtype, regime):
+        assert_correct(make_problem((2, 24, 11, 13), dtype, regime=regime), "triton", PLACE)
+        assert self.splits[0][0] > 2
+
+    @pytest.mark.parametrize("channels", [96, 200], ids=str)
+    def test_more_channels(self, channels):
+        """The widest park their queries; splits do so in memory of their own."""
+        assert_correct(make_problem((1, channels, 9, 15), torch.float16, regime="peaked"), "triton", PLACE)
+        assert self.splits[0][0] > 1
+
+    def test_channels_last_without_a_graph(self):
+        problem = make_problem((2, 24, 11, 13), torch.float32, regime="peaked")
+        x = problem.x.contiguous(memory_format=torch.channels_last)
+        assert_correct(replace(problem, x=x), "triton", PLACE)
+        assert self.splits[0][0] > 1
+
+    def test_a_single_launch_finds_the_same(self, monkeypatch):
+        """With the normalised map as well, which bf16 alone takes raw: fp16 stands for it here."""
+        layer = SelfAttention2d(24, norm_groups=4, gamma=0.7).to(PLACE, torch.float16)
+        x = torch.randn(2, 24, 9, 17, generator=torch.Generator().manual_seed(0)).to(PLACE, torch.float16) + 3
+        monkeypatch.setattr(launch_config, "attends_normalized", lambda *_: True)
+        monkeypatch.setattr(kernels, "attends_normalized", lambda *_: True)
+        with torch.no_grad(), use_backend("triton"):
+            in_splits = layer(x)
+            monkeypatch.setattr(kernels, "key_splits", lambda _maps, _channels, tokens, _config: (1, tokens))
+            torch.testing.assert_close(in_splits, layer(x), rtol=2e-3, atol=2e-3)
+        assert self.splits[0][0] > 1

@@ -45,9 +45,10 @@ def forward(
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target, norm is not None)
     out = empty_map_like(x)
     written = kernels.writable(out.flatten(2))
+    splits, keys = (1, 0) if projected else kernels.key_splits(maps, channels, height * width, config)
     parks = config.steps_over_channels(channels) if projected else config.parks_queries(channels)
-    y = kernels.empty_with_strides_of(written) if save or parks else None
-    lse = x.new_empty((maps, height * width), dtype=torch.float32) if save else None
+    y = kernels.empty_with_strides_of(written) if save or parks or splits > 1 else None
+    lse = x.new_empty((maps, height * width), dtype=torch.float32) if save or splits > 1 else None
     if maps:
         weights = weights.map(contiguous)
         with on_device_of(x):
@@ -60,9 +61,27 @@ def forward(
                 )  # fmt: skip
             else:
                 statistics = None if norm is None else statistics_of(tokens, norm)
-                kernels.attention_forward(tokens, *weights, written, y, lse, statistics, scale=scale, residual=residual, config=config)
+                if splits > 1:
+                    assert y is not None
+                    assert lse is not None
+                    _forward_in_splits(tokens, weights, written, y, lse, statistics, scale, residual, splits, keys, config, target)
+                else:
+                    kernels.attention_forward(tokens, *weights, written, y, lse, statistics, scale=scale, residual=residual, config=config)
             deliver(written, out)
-    return out, y if save else None, lse
+    return out, y if save else None, lse if save else None
+
+
+def _forward_in_splits(
+    tokens: Tensor, weights: Weights, written: Tensor, y: Tensor, lse: Tensor, statistics: Tensor | None,
+    scale: float, residual: bool, splits: int, keys_per_split: int, config: kernels.LaunchConfig, target: kernels.Target,
+) -> None:  # fmt: skip
+    """The same in three launches, for a few maps of many tokens."""
+    w_q, b_q, w_k, w_v, b_v, gamma = weights
+    kernels.split_attention_forward(
+        tokens, w_q, b_q, w_k, y, lse, statistics, scale=scale, splits=splits, keys_per_split=keys_per_split, config=config
+    )
+    output = kernels.projection_configs(tokens.shape[1], tokens.dtype, target).qkv_projection
+    kernels.output_projection(y, w_v, b_v, gamma, tokens, written, residual=residual, factor=None, config=output)
 
 
 def backward(
