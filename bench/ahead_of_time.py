@@ -199,7 +199,7 @@ def layer_launches(
         else:
             d_u = kernels.attention_backward(*operands, scale=0.125, residual=True, configs=configs)
             sums = kernels.partial_moments(d_out, y, (d_u, x), config=configs.token_moments)
-        kernels.weight_gradients(*sums, w_q, b_q, w_k, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
+        kernels.weight_gradients(*sums, w_q, b_q, w_k, b_q, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
     return launches
 
 

@@ -74,7 +74,7 @@ def store_value_gradients(
 def weight_gradients_kernel(
     product_ptr, total_ptr,
     w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
-    d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
+    d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_b_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
     splits, scale,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -83,8 +83,8 @@ def weight_gradients_kernel(
     """One program computes BLOCK_J columns of BLOCK_R rows of dW_q, or of dW_k, or BLOCK_J rows of dW_v, and the biases' beside them.
 
     product_ptr (splits, 2, C, C) and total_ptr (splits, 2, C), fp32: parts of V and Q, of v and q. w_q_ptr, w_k_ptr, d_w_q_ptr, d_w_k_ptr
-    (D, C); b_q_ptr, d_b_q_ptr (D) or None; w_v_ptr, d_w_v_ptr (C, C); b_v_ptr, d_b_v_ptr (C) or None; gamma_ptr (1) or None; d_gamma_ptr,
-    fp32, one number of each program with rows of dW_v, to be added up, or None.
+    (D, C); b_q_ptr, d_b_q_ptr (D) or None; d_b_k_ptr (D), filled with zeros, or None; w_v_ptr, d_w_v_ptr (C, C); b_v_ptr, d_b_v_ptr (C) or
+    None; gamma_ptr (1) or None; d_gamma_ptr, fp32, one number of each program with rows of dW_v, to be added up, or None.
     """
     parts: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     row_parts: tl.constexpr = (D + BLOCK_R - 1) // BLOCK_R
@@ -109,6 +109,8 @@ def weight_gradients_kernel(
             b_q = tl.load(b_q_ptr + offs_r, mask=offs_r < D, other=0.0).to(tl.float32)
             d_w += b_q[:, None] * sum_of_splits(total_ptr + C, offs_j[None, :], (offs_j < C)[None, :], splits, 2 * C, BLOCK_S)
         tl.store(d_w_k_ptr + offsets, (scale * d_w).to(d_w_k_ptr.dtype.element_ty), mask=inside)
+        if d_b_k_ptr is not None and pid % parts == 0:
+            tl.store(d_b_k_ptr + offs_r, tl.zeros((BLOCK_R,), d_b_k_ptr.dtype.element_ty), mask=offs_r < D)
     else:
         store_value_gradients(
             product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr,
@@ -122,6 +124,7 @@ def weight_gradients(
     w_q: torch.Tensor,
     b_q: torch.Tensor | None,
     w_k: torch.Tensor,
+    b_k: torch.Tensor | None,
     w_v: torch.Tensor,
     b_v: torch.Tensor | None,
     gamma: torch.Tensor | None,
@@ -129,13 +132,13 @@ def weight_gradients(
     scale: float,
     config: LaunchConfig,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of w_q, b_q, w_k, w_v, b_v and gamma, each in its weight's dtype and shape, None where there is no such weight.
+    """The gradients of w_q, b_q, w_k, b_k, w_v, b_v and gamma, each in its weight's dtype and shape, None where there is no such weight.
 
     product (splits, 2, C, C) and total (splits, 2, C), as `partial_moments` of g with y and du with x gives them. w_q, w_k (D, C), w_v
     (C, C), the weights of 1×1 convolutions as well; all contiguous.
     """
     qk_channels, channels = w_q.shape[:2]
-    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, w_v, b_v)]
+    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
     block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
     d_gamma = None if gamma is None else product.new_empty(parts)
     launch(

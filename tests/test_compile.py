@@ -115,7 +115,7 @@ def test_export_runs_the_op(training, backend, place):
 def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -> tuple:
     p = make_problem((2, 8, 4, 3), bias=optional, gamma=optional).to(place)
     x = p.x.contiguous(memory_format=memory_format)
-    tensors = (x, p.b_k, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)
+    tensors = (x, p.w_q, p.b_q, p.w_k, p.b_k, p.w_v, p.b_v, p.gamma)
     return tuple(t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors)
 
 
@@ -153,8 +153,8 @@ class TestOpcheck:
 
     @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True)])
     def test_backward(self, need, memory_format, optional, normalize, backend, place):
-        x, b_k, *weights = op_arguments(place, memory_format, optional=optional, requires_grad=False)
-        _, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, normalize, backend, True)
+        x, *weights = op_arguments(place, memory_format, optional=optional, requires_grad=False)
+        _, y, lse = ops.self_attention_2d(x, *weights, 0.3, True, normalize, backend, True)
         tensors = (torch.randn_like(x), x, *weights, y, lse)
         torch.library.opcheck(ops.self_attention_2d_backward, (*tensors, 0.3, True, normalize, backend, *need))
 
@@ -162,10 +162,10 @@ class TestOpcheck:
 @pytest.mark.parametrize("normalize", ["keys", "queries"])
 def test_second_derivative_of_the_op(normalize):
     p = make_problem((2, 3, 3, 2), torch.float64, regime="peaked")
-    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
+    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.b_k, p.w_v, p.b_v, p.gamma)]
 
     def op(x, *weights):
-        return ops.self_attention_2d(x, p.b_k, *weights, 0.5, True, normalize, "torch", True)[0]
+        return ops.self_attention_2d(x, *weights, 0.5, True, normalize, "torch", True)[0]
 
     assert torch.autograd.gradcheck(op, leaves)
     assert torch.autograd.gradgradcheck(op, leaves)
@@ -173,9 +173,9 @@ def test_second_derivative_of_the_op(normalize):
 
 def test_op_and_eager_give_the_same_bits():
     p = make_problem((2, 8, 4, 3))
-    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.w_v, p.b_v, p.gamma)]
+    leaves = [t.requires_grad_() for t in (p.x, p.w_q, p.b_q, p.w_k, p.b_k, p.w_v, p.b_v, p.gamma)]
     x, *weights = leaves
-    op = ops.self_attention_2d(x, p.b_k, *weights, 8**-0.5, True, "keys", "torch", True)[0]
+    op = ops.self_attention_2d(x, *weights, 8**-0.5, True, "keys", "torch", True)[0]
     eager = functional.self_attention_2d(x, p.w_q, p.w_k, p.w_v, p.b_q, p.b_k, p.b_v, gamma=p.gamma, backend="torch")
     assert torch.equal(op, eager)
     for a, b in zip(torch.autograd.grad(op, leaves, p.d_out), torch.autograd.grad(eager, leaves, p.d_out), strict=True):
@@ -189,11 +189,11 @@ def test_ops_do_not_heed_autocast(sdpa, monkeypatch):
     It heeds `scaled_dot_product_attention`, which a GPU takes, but not products into a buffer.
     """
     monkeypatch.setattr(torch_attention, "sdpa_takes", lambda tokens: sdpa)
-    x, b_k, *weights = op_arguments("cpu", torch.contiguous_format, optional=True, requires_grad=False)
+    x, *weights = op_arguments("cpu", torch.contiguous_format, optional=True, requires_grad=False)
     q, k, v, g = (torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(4))
 
     def everything():
-        out, y, lse = ops.self_attention_2d(x, b_k, *weights, 0.3, True, "keys", "torch", True)
+        out, y, lse = ops.self_attention_2d(x, *weights, 0.3, True, "keys", "torch", True)
         y_of_tokens, lse_of_tokens = ops.token_attention(q, k, v, None, 0.3, "torch")
         gradients = ops.self_attention_2d_backward(torch.ones_like(x), x, *weights, y, lse, 0.3, True, "keys", "torch", True, True)
         return out, y_of_tokens, *gradients, *ops.token_attention_backward(g, q, k, v, y_of_tokens, lse_of_tokens, 0.3, "torch")

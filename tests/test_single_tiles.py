@@ -89,14 +89,14 @@ def test_which_one_runs(shape, single, ran):
 def test_what_nobody_wants_is_not_computed(need_x, need_weights):
     generator = torch.Generator().manual_seed(0)
     x, d_out = torch.randn(2, 2, 20, 3, 5, generator=generator).to(PLACE)
-    shapes = folding.Weights((16, 20), (16,), (16, 20), (20, 20), (20,), (1,))
+    shapes = folding.Weights((16, 20), (16,), (16, 20), (16,), (20, 20), (20,), (1,))
     weights = folding.Weights._make([torch.randn(shape, generator=generator).to(PLACE) for shape in shapes])
     _, y, lse = triton_backend.forward(x, weights, 0.2, True, True)
     results = []
     for wanted in ((True, True), (need_x, need_weights)):
         d_x, gradients = triton_backend.backward(x, d_out, weights, y, lse, 0.2, True, *wanted)
         results.append((d_x, *gradients))
-    for everything, some, wanted in zip(*results, (need_x, *(need_weights,) * 6), strict=True):
+    for everything, some, wanted in zip(*results, (need_x, *(need_weights,) * 7), strict=True):
         assert (some is not None) == wanted
         assert some is None or torch.equal(some, everything)
 
@@ -139,6 +139,16 @@ class TestWeightGradients:
                     largest = truth.abs().max() if name != "gamma" else self.largest_of_gamma(weights, moments)
                     assert (gradient.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * largest, name
 
+    def test_every_number_is_written(self, monkeypatch):
+        """The zeros of the keys' bias too, which memory may hold by chance."""
+        monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+        sums, weights = self.problem(40, 150, 3, torch.float32, True, False)
+        gradients = folding.Weights(
+            *kernels.weight_gradients(*sums, *weights, scale=0.3, config=launch_config.weight_gradients_config(HOPPER))
+        )
+        assert not any(gradient.isnan().any() for gradient in gradients[:-1])
+        assert torch.equal(gradients.b_k, torch.zeros(150, device=PLACE))
+
     @staticmethod
     def problem(channels, qk_channels, splits, dtype, biased, scaled):
         generator = torch.Generator().manual_seed(channels)
@@ -149,8 +159,8 @@ class TestWeightGradients:
         wide = torch.float32
         sums = normal(splits, 2, channels, channels, of=wide), normal(splits, 2, channels, of=wide)
         w_q, w_k, w_v = normal(qk_channels, channels, 1, 1), normal(qk_channels, channels), normal(channels, channels)
-        b_q, b_v = (normal(qk_channels), normal(channels)) if biased else (None, None)
-        return sums, folding.Weights(w_q, b_q, w_k, w_v, b_v, normal(1) if scaled else None)
+        b_q, b_k, b_v = (normal(qk_channels), normal(qk_channels), normal(channels)) if biased else (None, None, None)
+        return sums, folding.Weights(w_q, b_q, w_k, b_k, w_v, b_v, normal(1) if scaled else None)
 
     @staticmethod
     def largest_of_gamma(weights, moments):

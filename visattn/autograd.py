@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     """What a call is told besides tensors. `normalize` is "keys" or "queries", `backend` is "triton" or "torch".
 
     With "queries" the roles of query and key are exchanged in all that follows: `Weights.w_q` and `Weights.b_q` are the key's,
-    `Weights.w_k` is the query's, and what is called b_k, the bias that softmax drops, is b_q.
+    `Weights.w_k` and `Weights.b_k`, the bias that softmax drops, are the query's.
     """
 
     scale: float
@@ -61,11 +61,11 @@ def compute_backward(
         return implementation(settings).backward(x, d_out, weights, y, lse, settings.scale, settings.residual, need_x, need_weights)
 
 
-def differentiable(x: Tensor, b_k: Tensor | None, weights: Weights, settings: Settings) -> Tensor:
+def differentiable(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
     """The output, with a graph behind it."""
     if transforms_are_active():
-        return TransformedSelfAttention.apply(x, b_k, *weights, settings)[0]
-    return SelfAttention.apply(x, b_k, *weights, settings)
+        return TransformedSelfAttention.apply(x, *weights, settings)[0]
+    return SelfAttention.apply(x, *weights, settings)
 
 
 def derives_forwards() -> bool:
@@ -97,54 +97,53 @@ def gradients_of_steps(
 
 
 class SelfAttention(torch.autograd.Function):
-    """(x, b_k, *weights, settings) → out. b_k is taken along for its gradient, which is exactly zero."""
+    """(x, *weights, settings) → out."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, b_k: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
         *weights, settings = rest
         out, y, lse = compute_forward(x, Weights(*weights), settings, save=True)
-        _keep(ctx, x, b_k, weights, y, lse, settings)
+        _keep(ctx, x, weights, y, lse, settings)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, *_: Any) -> tuple:
         if d_out is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, b_k, *weights, y, lse = ctx.saved_tensors
-        need_x, need_b_k, *need_weights, _ = ctx.needs_input_grad
+        x, *weights, y, lse = ctx.saved_tensors
+        need_x, *need_weights, _ = ctx.needs_input_grad
         arguments = (d_out, x, *weights, y, lse, ctx.settings, need_x, any(need_weights))
         if torch.is_grad_enabled() or transforms_are_active():
             d_x, *d_weights = SelfAttentionBackward.apply(*arguments)
         else:
             d_x, *d_weights = SelfAttentionBackward.forward(*arguments)  # nobody will differentiate it: no graph
-        d_b_k = torch.zeros_like(b_k) if need_b_k else None
-        return d_x, d_b_k, *d_weights, None
+        return d_x, *d_weights, None
 
 
 class TransformedSelfAttention(torch.autograd.Function):
-    """(x, b_k, *weights, settings) → (out, y, lse), in the form that `torch.func` asks for.
+    """(x, *weights, settings) → (out, y, lse), in the form that `torch.func` asks for.
 
     For that form PyTorch binds the arguments to their signature in every call, which takes as long as the rest of the forward pass.
     """
 
     @staticmethod
-    def forward(x: Tensor, b_k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *weights, settings = rest
         return compute_forward(x, Weights(*weights), settings, save=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, b_k, *weights, settings = inputs
+        x, *weights, settings = inputs
         _, y, lse = output
         ctx.mark_non_differentiable(*(t for t in (y, lse) if t is not None))
-        _keep(ctx, x, b_k, weights, y, lse, settings)
+        _keep(ctx, x, weights, y, lse, settings)
 
     backward = SelfAttention.backward
 
 
-def _keep(ctx: Any, x: Tensor, b_k: Tensor | None, weights: list, y: Tensor | None, lse: Tensor | None, settings: Settings) -> None:
+def _keep(ctx: Any, x: Tensor, weights: list, y: Tensor | None, lse: Tensor | None, settings: Settings) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, b_k, *weights, y, lse)
+    ctx.save_for_backward(x, *weights, y, lse)
     ctx.settings = settings
 
 

@@ -16,14 +16,16 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Weights(NamedTuple):
-    """The layer's parameters: w_q, w_k (D, C); b_q (D); w_v (C, C); b_v (C); gamma one element. b_k never matters.
+    """The layer's parameters: w_q, w_k (D, C); b_q, b_k (D); w_v (C, C); b_v (C); gamma one element.
 
-    The matrices may be the weights of 1×1 convolutions, (D, C, 1, 1), which lie in memory no differently.
+    b_k never matters: it is taken along for its gradient, which is exactly zero. The matrices may be the weights of 1×1 convolutions,
+    (D, C, 1, 1), which lie in memory no differently.
     """
 
     w_q: Tensor
     b_q: Tensor | None
     w_k: Tensor
+    b_k: Tensor | None
     w_v: Tensor
     b_v: Tensor | None
     gamma: Tensor | None
@@ -34,8 +36,8 @@ class Weights(NamedTuple):
 
     def matrices(self) -> "Weights":
         """The same with weights of convolutions as the matrices they are."""
-        w_q, b_q, w_k, w_v, b_v, gamma = self
-        return Weights(w_q.flatten(1), b_q, w_k.flatten(1), w_v.flatten(1), b_v, gamma)
+        w_q, b_q, w_k, b_k, w_v, b_v, gamma = self
+        return Weights(w_q.flatten(1), b_q, w_k.flatten(1), b_k, w_v.flatten(1), b_v, gamma)
 
 
 NO_GRADIENTS: Gradients = (None,) * len(Weights._fields)
@@ -62,7 +64,7 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
     `out_i = x_i + γ(W_v y_i + b_v)`.
     """
     query, query_total, d_w_v, value_total, d_w_k = moments
-    w_q, b_q, w_k, w_v, b_v, gamma = weights.map(lambda w: w if w.dtype == query.dtype else w.to(query.dtype))
+    w_q, b_q, w_k, _, w_v, b_v, gamma = weights.map(lambda w: w if w.dtype == query.dtype else w.to(query.dtype))
     d_b_v = value_total
     d_b_q = d_gamma = None
     if d_w_k is not None:
@@ -84,7 +86,8 @@ def weight_gradients(weights: Weights, moments: Moments, scale: float) -> Gradie
             d_gamma = d_gamma + b_v @ value_total
             d_b_v = gamma * value_total
         d_w_v = gamma * d_w_v
-    gradients = (d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)
+    d_b_k = None if weights.b_k is None else torch.zeros_like(weights.b_k)
+    gradients = (d_w_q, d_b_q, d_w_k, d_b_k, d_w_v, d_b_v, d_gamma)
     return tuple([None if w is None or d is None else _fitted(d, w) for d, w in zip(gradients, weights, strict=True)])
 
 

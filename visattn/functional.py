@@ -77,7 +77,7 @@ def self_attention_2d(
     qk_channels = w_q.shape[0]
     selected = dispatch.select_backend(x, qk_channels, backend, normalize)
     settings = autograd.Settings(qk_channels**-0.5 if scale is None else float(scale), residual, normalize, selected)
-    return _run(settings, x, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
+    return _run(settings, x, Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma))
 
 
 def _under_autocast(
@@ -101,30 +101,30 @@ def _under_autocast(
     return x + out if add_afterwards else out
 
 
-def _run(settings: autograd.Settings, x: Tensor, b_k: Tensor | None, weights: Weights) -> Tensor:
+def _run(settings: autograd.Settings, x: Tensor, weights: Weights) -> Tensor:
     """Runs eagerly, with or without a graph, or as an op where a compiler or `torch.jit.trace` is looking."""
     if settings.normalize == "queries":  # the transposed matrix is normalised by rows
-        b_k, weights = weights.b_q, weights._replace(w_q=weights.w_k, b_q=b_k, w_k=weights.w_q)
-    needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in (b_k, *weights)))
+        weights = weights._replace(w_q=weights.w_k, b_q=weights.b_k, w_k=weights.w_q, b_k=weights.b_q)
+    needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights))
     tracing = torch.jit.is_tracing()
     if tracing or torch.compiler.is_compiling():
         from . import ops
 
-        return ops.self_attention_2d(x, b_k, *weights, *settings, needs_graph or tracing)[0]  # a trace may be trained later
-    _refuse_transforms(x, b_k, *weights)
+        return ops.self_attention_2d(x, *weights, *settings, needs_graph or tracing)[0]  # a trace may be trained later
+    _refuse_transforms(x, *weights)
     if needs_graph:
-        return autograd.differentiable(x, b_k, weights, settings)
+        return autograd.differentiable(x, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
 
 
-def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm | None, b_k: Tensor | None, weights: Weights) -> Tensor:
+def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm | None, weights: Weights) -> Tensor:
     """The same for a map that may be normalised before; what is added is the map itself."""
     if norm is None:
-        return _run(settings, x, b_k, weights)
+        return _run(settings, x, weights)
     if autograd.is_looked_at():
-        out = _run(settings._replace(residual=False), normalized(x, norm), b_k, weights)
+        out = _run(settings._replace(residual=False), normalized(x, norm), weights)
         return x + out if settings.residual else out
-    return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), (b_k, *weights))
+    return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), weights)
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
@@ -163,7 +163,7 @@ def _block(
             w_v, b_v = block.folded_values(weights, dtype)
             added_inside = residual and dtype == x.dtype and res_scale == 1.0
             settings = autograd.Settings(factor, added_inside, normalize, selected)
-            out = _run_on_normalized(settings, narrow_x, norm, b_k, Weights(w_q, b_q, w_k, w_v, b_v, gamma))
+            out = _run_on_normalized(settings, narrow_x, norm, Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma))
             residual = residual and not added_inside
         else:
             y = projected_tokens.attend(narrow_x, norm, weights, num_heads, pool, factor, selected)

@@ -112,7 +112,7 @@ def _normalized(inputs: Tensors, norm: GroupNorm | None) -> Tensor:
 
 
 class AttentionOnMap(NamedTuple):
-    """The plain layer, for a map that is normalised before. Tensors are b_k and those of `folding.Weights`."""
+    """The plain layer, for a map that is normalised before. Tensors are those of `folding.Weights`."""
 
     settings: autograd.Settings
 
@@ -134,11 +134,10 @@ class AttentionOnMap(NamedTuple):
     def backward(self, d_out: Tensor, h: Tensor, tensors: Tensors, saved: Tensors, need_h: bool, need_tensors: bool) -> Tensors:
         y, lse = saved
         d_h, d_weights = autograd.compute_backward(d_out, h, _weights(tensors), y, lse, self._of_h, need_h, need_tensors)
-        b_k = tensors[0]
-        return d_h, None if b_k is None else torch.zeros_like(b_k), *d_weights
+        return d_h, *d_weights
 
     def in_steps(self, h: Tensor, tensors: Tensors) -> Tensor:
-        return autograd.differentiable(h, tensors[0], _weights(tensors), self._of_h)
+        return autograd.differentiable(h, _weights(tensors), self._of_h)
 
     @property
     def _of_h(self) -> autograd.Settings:
@@ -146,8 +145,8 @@ class AttentionOnMap(NamedTuple):
 
 
 def _weights(tensors: Tensors) -> Weights:
-    _, w_q, b_q, w_k, w_v, b_v, gamma = tensors
+    w_q, b_q, w_k, b_k, w_v, b_v, gamma = tensors
     assert w_q is not None
     assert w_k is not None
     assert w_v is not None
-    return Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+    return Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)

@@ -21,10 +21,10 @@ from .second_order import backward_of_backward
 @torch.library.custom_op("visattn::self_attention_2d", mutates_args=())
 def self_attention_2d(
     x: Tensor,
-    b_k: Tensor | None,
     w_q: Tensor,
     b_q: Tensor | None,
     w_k: Tensor,
+    b_k: Tensor | None,
     w_v: Tensor,
     b_v: Tensor | None,
     gamma: Tensor | None,
@@ -35,15 +35,15 @@ def self_attention_2d(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries", lse where the PyTorch path has none."""
-    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+    weights = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)
     with autograd.without_autocast(x):
         out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
     return out, _present(_in_layout_of(y, x), x), _present(lse, x, _lse_dtype(x))
 
 
 @self_attention_2d.register_fake
-def _(x, b_k, w_q, b_q, w_k, w_v, b_v, gamma, scale, residual, normalize, backend, save):  # type: ignore[no-untyped-def]
-    weights, dtype = Weights(w_q, b_q, w_k, w_v, b_v, gamma), _lse_dtype(x)
+def _(x, w_q, b_q, w_k, b_k, w_v, b_v, gamma, scale, residual, normalize, backend, save):  # type: ignore[no-untyped-def]
+    weights, dtype = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma), _lse_dtype(x)
     saved = save and normalize == "keys"
     y = empty_map_like(x).flatten(2) if saved else None
     keeps_lse = saved and (backend == "triton" or torch_backend.keeps_lse(x, weights))
@@ -58,6 +58,7 @@ def self_attention_2d_backward(
     w_q: Tensor,
     b_q: Tensor | None,
     w_k: Tensor,
+    b_k: Tensor | None,
     w_v: Tensor,
     b_v: Tensor | None,
     gamma: Tensor | None,
@@ -69,9 +70,9 @@ def self_attention_2d_backward(
     backend: str,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(d_x, d_w_q, d_b_q, d_w_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
-    weights = Weights(w_q, b_q, w_k, w_v, b_v, gamma)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`(d_x, d_w_q, d_b_q, d_w_k, d_b_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
+    weights = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)
     settings = autograd.Settings(scale, residual, normalize, backend)
     saved_lse = lse if lse.dim() == 2 else None
     d_x, d_weights = autograd.compute_backward(d_out, x, weights, y, saved_lse, settings, need_x, need_weights)
@@ -79,28 +80,27 @@ def self_attention_2d_backward(
 
 
 @self_attention_2d_backward.register_fake
-def _(d_out, x, w_q, b_q, w_k, w_v, b_v, gamma, y, lse, scale, residual, normalize, backend, need_x, need_weights):  # type: ignore[no-untyped-def]
-    weights = (w_q, b_q, w_k, w_v, b_v, gamma)
+def _(d_out, x, w_q, b_q, w_k, b_k, w_v, b_v, gamma, y, lse, scale, residual, normalize, backend, need_x, need_weights):  # type: ignore[no-untyped-def]
+    weights = (w_q, b_q, w_k, b_k, w_v, b_v, gamma)
     return _present(empty_map_like(x) if need_x else None, x), *(
         _present(w.new_empty(w.shape) if need_weights and w is not None else None, x) for w in weights
     )
 
 
 def _setup_forward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, b_k, *weights, scale, residual, normalize, backend, _save = inputs
+    x, *weights, scale, residual, normalize, backend, _save = inputs
     _, y, lse = output
     ctx.mark_non_differentiable(y, lse)
-    ctx.save_for_backward(x, b_k, *weights, y, lse)
+    ctx.save_for_backward(x, *weights, y, lse)
     ctx.settings = (scale, residual, normalize, backend)
 
 
 def _differentiate_forward(ctx: Any, d_out: Tensor, _d_y: Tensor, _d_lse: Tensor) -> tuple:
-    x, b_k, *weights, y, lse = ctx.saved_tensors
-    need_x, need_b_k, *need_weights = ctx.needs_input_grad[: 2 + len(weights)]
+    x, *weights, y, lse = ctx.saved_tensors
+    need_x, *need_weights = ctx.needs_input_grad[: 1 + len(weights)]
     d_x, *d_weights = self_attention_2d_backward(d_out, x, *weights, y, lse, *ctx.settings, need_x, any(need_weights))
     return (
         d_x if need_x else None,
-        torch.zeros_like(b_k) if need_b_k else None,
         *(d if need else None for d, need in zip(d_weights, need_weights, strict=True)),
         *(None,) * 5,
     )

@@ -66,7 +66,11 @@ def forward(
                     assert lse is not None
                     _forward_in_splits(tokens, weights, written, y, lse, statistics, scale, residual, splits, keys, config, target)
                 else:
-                    kernels.attention_forward(tokens, *weights, written, y, lse, statistics, scale=scale, residual=residual, config=config)
+                    w_q, b_q, w_k, _, w_v, b_v, gamma = weights
+                    kernels.attention_forward(
+                        tokens, w_q, b_q, w_k, w_v, b_v, gamma, written, y, lse, statistics,
+                        scale=scale, residual=residual, config=config,
+                    )  # fmt: skip
             deliver(written, out)
     return out, y if save else None, lse if save else None
 
@@ -76,7 +80,7 @@ def _forward_in_splits(
     scale: float, residual: bool, splits: int, keys_per_split: int, config: kernels.LaunchConfig, target: kernels.Target,
 ) -> None:  # fmt: skip
     """The same in three launches, for a few maps of many tokens."""
-    w_q, b_q, w_k, w_v, b_v, gamma = weights
+    w_q, b_q, w_k, _, w_v, b_v, gamma = weights
     kernels.split_attention_forward(
         tokens, w_q, b_q, w_k, y, lse, statistics, scale=scale, splits=splits, keys_per_split=keys_per_split, config=config
     )
@@ -121,7 +125,7 @@ def _backward_folded(
     scale: float, residual: bool, need_weights: bool, target: kernels.Target,
 ) -> Gradients:  # fmt: skip
     """Fills d_tokens, unless it is None; the gradients of the weights, where needed."""
-    w_q, b_q, w_k, w_v, _, gamma = weights
+    w_q, b_q, w_k, _, w_v, _, gamma = weights
     operands = (tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens)
     single_tile = kernels.single_tile_config(*tokens.shape, tokens.dtype, target)
     if single_tile is not None:
@@ -140,7 +144,7 @@ def _backward_projected(
     scale: float, residual: bool, need_weights: bool, target: kernels.Target,
 ) -> Gradients:  # fmt: skip
     """The same where keys are projected."""
-    w_q, _, w_k, w_v, _, gamma = weights
+    w_q, _, w_k, _, w_v, _, gamma = weights
     projected = kernels.projected_configs(tokens.shape[1], tokens.dtype, target)
     q, k = _queries_and_keys(tokens, weights, scale, projected)
     d_q, d_k = kernels.projected_attention_backward(

@@ -33,6 +33,7 @@ NORMALIZED = "tests/test_normalized_maps.py"
 LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
 OUTPUT = "tests/test_projected_output.py::test_blocks"
 STATISTICS = NORMALIZED + "::TestStatistics::test_four_rows"
+FOLDED_SPLITS = "tests/test_key_splits.py::TestFolded::test_branch_and_gradients"
 SPLITS = "tests/test_key_splits.py::TestKernels::test_lse_and_y_are_those_of_all_keys"
 REFUSED = "tests/test_validation.py::test_inputs"
 
@@ -153,7 +154,10 @@ KERNELS = [
     in_interpreter("bias left out of the gradient of W_k", "weight_gradients",
                    "d_w += b_q[:, None]", "d_w += 0 * b_q[:, None]", SINGLE + "::TestWeightGradients"),
     in_interpreter("bias of the first rows only", "weight_gradients",
-                   "and pid % parts == 0", "and pid == 0", SINGLE + "::TestWeightGradients"),
+                   "if b_q_ptr is not None and pid % parts == 0", "if b_q_ptr is not None and pid == 0", SINGLE + "::TestWeightGradients"),
+    in_interpreter("zeros of the first rows of the keys' bias only", "weight_gradients",
+                   "if d_b_k_ptr is not None and pid % parts == 0", "if d_b_k_ptr is not None and pid == parts * row_parts",
+                   SINGLE + "::TestWeightGradients"),
     in_interpreter("γ left out of the gradient of W_v", "weight_gradients",
                    "(gamma * v)", "(v)", SINGLE + "::TestWeightGradients"),
     in_interpreter("b_v left out of the gradient of γ", "weight_gradients",
@@ -217,7 +221,11 @@ WIDE_MAPS = [
                    "tests/test_layouts.py::test_layouts_of_other_forms"),
     in_interpreter("keys of the first split for all", "wide_attention",
                    "(row % splits).to(tl.int32) * keys_per_split", "(row % splits).to(tl.int32) * 0", SPLITS),
-    in_interpreter("splits merged without their weights", "wide_attention",
+    in_interpreter("keys of the first split for all, folded in the kernel", "key_splits",
+                   "tl.cast(first_key, tl.int64) * stride_xl", "tl.cast(first_key, tl.int64) * 0", FOLDED_SPLITS),
+    in_interpreter("queries of the first split's map for all", "key_splits",
+                   "x_ptr += n * stride_xn", "x_ptr += 0", FOLDED_SPLITS),
+    in_interpreter("splits merged without their weights", "key_splits",
                    "acc * alpha[None, :] + y * weight[None, :]", "acc * alpha[None, :] + y", SPLITS),
     Mutant("natural logits of a wide map under a base-2 exponential", "visattn/wide_triton_backend.py",
            "            u = kernels.readable(folded_queries(weights, scale * LOG2E, tokens))",
@@ -288,7 +296,7 @@ WIRING = [
               "    @staticmethod\n    def backward(ctx: Any, v_x",
               "tests/test_autograd.py::test_third_order_raises_instead_of_being_wrong"),
     in_python("a copy kept for backward, whose changes nobody sees", "autograd",
-              "ctx.save_for_backward(x, b_k, *weights, y, lse)", "ctx.save_for_backward(x.clone(), b_k, *weights, y, lse)",
+              "ctx.save_for_backward(x, *weights, y, lse)", "ctx.save_for_backward(x.clone(), *weights, y, lse)",
               "tests/test_autograd.py::test_in_place_change_of_what_backward_needs_raises"),
     in_python("backward under autocast", "autograd",
               "    with without_autocast(x):\n        return implementation", "    with nullcontext():\n        return implementation",
@@ -296,11 +304,11 @@ WIRING = [
     in_python("function transforms not noticed", "autograd",
               "return torch._C._are_functorch_transforms_active()", "return False",
               "tests/test_autograd.py::TestState::test_functional_call_and_function_transforms"),
-    in_python("gradient of the keys' bias left out", "autograd",
-              "d_b_k = torch.zeros_like(b_k) if need_b_k else None", "d_b_k = None",
+    in_python("gradient of the keys' bias left out", "folding",
+              "d_b_k = None if weights.b_k is None else torch.zeros_like(weights.b_k)", "d_b_k = None",
               "tests/test_autograd.py::test_any_subset_of_inputs_may_ask_for_a_gradient[torch"),
     in_python("no graph where only the keys' bias asks for one", "functional",
-              "for t in (b_k, *weights))", "for t in weights)",
+              "for w in weights))", "for w in weights._replace(b_k=None)))",
               "tests/test_autograd.py::test_any_subset_of_inputs_may_ask_for_a_gradient[torch"),
     in_python("residual rounded to the autocast dtype", "functional",
               "add_afterwards = residual and dtype != x.dtype\n    with autograd.without_autocast(x):\n        out = self_attention_2d(",
@@ -316,7 +324,7 @@ WIRING = [
               "_run(settings._replace(residual=False), normalized(x, norm)", "_run(settings, normalized(x, norm)",
               "tests/test_normalized_maps.py::test_a_compiler_sees_the_same"),
     in_python("roles not exchanged for softmax over the queries", "functional",
-              "b_k, weights = weights.b_q, weights._replace(w_q=weights.w_k, b_q=b_k, w_k=weights.w_q)", "pass",
+              "weights = weights._replace(w_q=weights.w_k, b_q=weights.b_k, w_k=weights.w_q, b_k=weights.b_q)", "pass",
               "tests/test_query_normalized.py::test_querys_bias_has_no_effect_and_no_gradient"),
     in_python("query and key exchanged", "modules",
               "return w_q, w_k, w_v, b_q, b_k, b_v", "return w_k, w_q, w_v, b_q, b_k, b_v",
