@@ -12,7 +12,7 @@ from .attention_forward import attend_all_keys, attended, fold_queries
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .launch_config import LaunchConfig, block_channels, num_tiles
 from .launching import launch
-from .primitives import NORM_ROWS, load_tile, locate, store_tile, tile_offsets
+from .primitives import NORM_ROWS, load_tile, locate, store_sum, store_tile, tile_offsets
 
 
 @triton.jit
@@ -28,9 +28,10 @@ def split_attention_forward_kernel(
 ):  # fmt: skip
     """One program computes y for BLOCK_M query tokens and one split of the keys of one map; each folds the queries of its tile anew.
 
-    x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; y_ptr (N · splits, C, L) fp32; u_ptr, of that shape and x's dtype,
-    where folded queries are parked, or None, with the strides of y; lse_ptr (N · splits, L) fp32, the base-2 log-sum-exp of the folded
-    logits; norm_ptr (N, NORM_ROWS, C) or None, as in attention_forward.py. Split s of a map has the keys from s · keys_per_split on.
+    x_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; y_ptr (N · splits, C, L) fp32; u_ptr, of that shape and x's dtype, with
+    the strides of y, where folded queries are parked, or None: in fp32 y takes their place after them; lse_ptr (N · splits, L) fp32, the
+    base-2 log-sum-exp of the folded logits; norm_ptr (N, NORM_ROWS, C) or None, as in attention_forward.py. Split s of a map has the
+    keys from s · keys_per_split on.
     """
     row, tile = locate(tl.cdiv(num_tokens, BLOCK_M))
     n, first_key = row // splits, (row % splits).to(tl.int32) * keys_per_split
@@ -39,8 +40,7 @@ def split_attention_forward_kernel(
     offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     x_ptr += n * stride_xn
     y_ptr += row * stride_yn
-    if u_ptr is not None:
-        u_ptr += row * stride_yn
+    u_ptr = y_ptr if u_ptr is None else u_ptr + row * stride_yn
     if norm_ptr is not None:
         norm_ptr += n * NORM_ROWS * C
 
@@ -54,8 +54,10 @@ def split_attention_forward_kernel(
         C, BLOCK_N, BLOCK_K, BLOCK_P < BLOCK_K, INPUT_PRECISION, norm_ptr is not None,
     )  # fmt: skip
     y, lse = attended(acc, m_i, l_i, norm_ptr, offset, offs_c, C)
-    store_tile(y_ptr, tile_offsets(offs_c, offs_m, stride_yc, stride_yl), tl.trans(y), offs_c, offs_m, C, num_tokens)
     tl.store(lse_ptr + row * num_tokens + offs_m, lse, mask=offs_m < num_tokens)
+    if BLOCK_P < BLOCK_C:
+        tl.debug_barrier()  # the folded queries have been read for the last time
+    store_sum(y, None, 0, 0, y_ptr, stride_yc, stride_yl, 0, offs_m, C, num_tokens, BLOCK_K < BLOCK_C)
 
 
 @triton.jit
@@ -116,11 +118,12 @@ def split_attention_forward(
     num_channels, num_tokens = x.shape[1:]
     block_c = block_channels(num_channels)
     split_y, split_lse = empty_splits(y, lse, splits)
+    parks_apart = config.parks_queries(num_channels) and x.dtype != split_y.dtype
     launch(
         split_attention_forward_kernel, len(split_y) * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
         w_q, b_q, w_k,
-        split_y, torch.empty_like(split_y, dtype=x.dtype) if config.parks_queries(num_channels) else None, *split_y.stride(),
+        split_y, torch.empty_like(split_y, dtype=x.dtype) if parks_apart else None, *split_y.stride(),
         split_lse, norm,
         num_tokens, splits, keys_per_split, scale,
         C=num_channels, D=w_q.shape[0],

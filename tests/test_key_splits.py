@@ -140,10 +140,11 @@ class TestFolded:
         assert_correct(make_problem((2, 24, 11, 13), dtype, regime=regime), "triton", PLACE)
         assert self.splits[0][0] > 2
 
-    @pytest.mark.parametrize("channels", [96, 200], ids=str)
-    def test_more_channels(self, channels):
-        """The widest park their queries; splits do so in memory of their own."""
-        assert_correct(make_problem((1, channels, 9, 15), torch.float16, regime="peaked"), "triton", PLACE)
+    @pytest.mark.parametrize(("channels", "dtype"), [(200, torch.float16), (96, torch.float32)], ids=str)
+    def test_parked_queries(self, channels, dtype):
+        """Splits park them in memory of their own, in fp32 where y takes their place."""
+        assert kernels.forward_config(channels, dtype, kernels.Target("hopper", "ieee")).parks_queries(channels)
+        assert_correct(make_problem((1, channels, 9, 15), dtype, regime="peaked"), "triton", PLACE)
         assert self.splits[0][0] > 1
 
     def test_channels_last_without_a_graph(self):
