@@ -135,6 +135,8 @@ SINGLE_TILE_TABLE: dict[tuple[str, str], dict[int, Sizes]] = {
     ("blackwell", "tf32"): {
         16: (64, 64, ALL, 32, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 32, 4, 1), 128: (64, 64, ALL, 32, 8, 1),
     },
+    ("blackwell", "fp32"): {16: (64, 32, ALL, 16, 8, 1), 32: (64, 32, ALL, 16, 8, 1), 64: (64, 32, ALL, 16, 8, 1)},
+    ("ampere", "half"): {16: (64, 64, ALL, 16, 8, 1)},
 }  # fmt: skip
 
 # The forward kernel where it normalises the map itself: mean, factor and bias of all channels are held as well.
