@@ -33,9 +33,9 @@ class Batches(NamedTuple):
     width: int | None = None
 
 
-BATCHES = {"sagan_cnn": Batches(64, 8)}
-"""Of few images of its own width the ReLU behind this one's classifier dies, and no step teaches it anything."""
-OTHER_BATCHES = Batches(8)
+def batches(name: str) -> Batches:
+    """Those of a model. Of few images of its own width the ReLU behind sagan_cnn's classifier dies, and no step teaches it anything."""
+    return Batches(64, 8) if name == "sagan_cnn" else Batches(8)
 
 
 class _InDtype(nn.Module):
@@ -57,7 +57,7 @@ def kinds(name: str) -> tuple[str, str] | None:
 
 def losses(name: str, kind: str, dtype: torch.dtype, steps: int, one_rounding_off: bool = False) -> list[float]:
     """The first losses of training by the model's recipe but for batch and data, seed 0."""
-    recipe, batches = RECIPES[name], BATCHES.get(name, OTHER_BATCHES)
+    recipe = RECIPES[name]
     torch.manual_seed(0)
     model = models.create_model(name, recipe.head or 10, attention=kind).to(dtype)
     if one_rounding_off:
@@ -66,7 +66,7 @@ def losses(name: str, kind: str, dtype: torch.dtype, steps: int, one_rounding_of
             for parameter in model.parameters():
                 signs = torch.randint(-1, 2, parameter.shape, generator=generator).to(dtype)
                 parameter.mul_(1 + signs * torch.finfo(dtype).eps)
-    options = training.Options(recipe.normalization, batches.size, recipe.learning_rate, recipe.betas, drop_last=True)
+    options = training.Options(recipe.normalization, batches(name).size, recipe.learning_rate, recipe.betas, drop_last=True)
     trainer = training.Trainer(_InDtype(model, dtype), data.load("digits", image_shape(name)).train, options, torch.device("cpu"))
     found: list[float] = []
     while len(found) < steps:
@@ -80,7 +80,7 @@ def losses(name: str, kind: str, dtype: torch.dtype, steps: int, one_rounding_of
 def image_shape(name: str) -> tuple[int, int, int]:
     """(C, H, W) of the images that the model is trained on here."""
     channels, height, width = models.input_shape(name)
-    other = BATCHES.get(name, OTHER_BATCHES).width
+    other = batches(name).width
     return (channels, height, width) if other is None else (channels, other, other)
 
 
@@ -98,7 +98,7 @@ def measure(name: str, dtype: str, steps: int = STEPS) -> dict[str, Any]:
     ours, naive, control = (losses(name, kind, DTYPES[dtype], steps, off) for kind, off in runs)
     return {
         "model": name, "kinds": pair, "dtype": dtype, "steps": steps,
-        "batch_size": BATCHES.get(name, OTHER_BATCHES).size, "image_shape": image_shape(name),
+        "batch_size": batches(name).size, "image_shape": image_shape(name),
         "learning_rate": RECIPES[name].learning_rate, "difference": difference(ours, naive), "control": difference(control, naive),
         "losses": [naive[0], naive[-1]],
         "processor": describe(torch.device("cpu")), "torch": torch.__version__, "commit": provenance.commit(),

@@ -9,7 +9,7 @@ Where the time goes is found by recording the calls of one step with their argum
 same rounds as the whole. A part that is repeated runs from warm caches, as it never does in a step: "colder caches" is the
 time of all parts one after another less their sum. "Not explained" is the rest of the whole: the lines between the parts.
 
-Triton's part of a start, from the compiled kernel on, is measured by itself, with a driver that starts nothing: there kernels are
+Triton's part of a start, as far as to the driver, is measured by itself, with a driver that starts nothing: there kernels are
 compiled, and `kernels/launching.py` stands beside Triton's own `kernel[grid](...)`. What the driver takes, and the questions that only
 a GPU can answer, such as making its device current, cannot be measured this way.
 """

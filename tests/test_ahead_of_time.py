@@ -3,6 +3,8 @@
 Each must compile, spill no register, fit the device's shared memory and use its matrix instructions.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -253,9 +255,13 @@ def test_every_configuration_of_wide_maps(name, precision, channels, channels_la
 def test_every_configuration_of_split_keys(name, precision, channels, channels_last, monkeypatch):
     """Whether or not these sizes are split."""
     monkeypatch.setattr(visattn_kernels, "key_splits", lambda *_: (2, 512))
-    if (name, precision, channels, channels_last) == ("sm_90", "fp32 highest", 48, True):
-        pytest.xfail("spills 8 bytes")
-    check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last)
+    problems = contextlib.nullcontext()
+    if (name, precision, channels, channels_last) == ("sm_90", "fp32 highest", 48, True):  # this one, and nothing else
+        problems = pytest.raises(
+            AssertionError, match=r"^split_attention_forward_kernel spills 8 \(255 registers\)(?!\n\w+ (spills|takes|has))"
+        )
+    with problems:
+        check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last)
 
 
 @pytest.mark.full
