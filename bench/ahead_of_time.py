@@ -170,8 +170,8 @@ def layer_launches(
             kernels.wide_key_value_gradient(x, u, d_y, lse, delta, d_x, config=wide.key_value_gradient)
             kernels.token_moments(d_out, y, (d_u, x), config=wide.token_moments)
             return launches
-        configs = kernels.backward_configs(channels, dtype, target)
-        if kernels.projects_keys(channels, width):
+        configs, of_weights = kernels.backward_configs(channels, dtype, target), kernels.weight_gradients_config(target)
+        if kernels.projects_keys(maps, channels, tokens, width, dtype, target):
             projected = kernels.projected_configs(channels, dtype, target)
             q, k, _ = kernels.qkv_projection(
                 x, kernels.Projection(w_q, b_q, 0.125), kernels.Projection(w_k), config=projected.qkv_projection
@@ -180,8 +180,11 @@ def layer_launches(
             d_q, d_k = kernels.projected_attention_backward(
                 q, k, x, d_out, w_q, w_k, w_v, gamma, y, lse, d_x, scale=0.125, residual=True, configs=projected
             )
-            kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
-            kernels.token_moments(d_out, y, config=configs.token_moments)
+            sums = kernels.partial_moments(d_q, x, (d_k, x), need_right=True, config=configs.token_moments)
+            value_sums = kernels.partial_moments(d_out, y, config=configs.token_moments)
+            kernels.projected_weight_gradients(
+                sums, value_sums, w_q, b_q, w_k, b_q, w_v, b_v, gamma, num_tokens=tokens, scale=0.125, config=of_weights
+            )
             return launches
         forward = kernels.forward_config(channels, dtype, target)
         splits, keys = kernels.key_splits(maps, channels, tokens, forward)
@@ -194,12 +197,13 @@ def layer_launches(
         operands = (x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x)
         single_tile = kernels.single_tile_config(maps, channels, tokens, dtype, target)
         if single_tile is not None:
-            sums = kernels.single_tile_backward(*operands, scale=0.125, residual=True, need_sums=True, config=single_tile)
-            assert sums is not None
+            of_tiles = kernels.single_tile_backward(*operands, scale=0.125, residual=True, need_sums=True, config=single_tile)
+            assert of_tiles is not None
+            sums = of_tiles
         else:
             d_u = kernels.attention_backward(*operands, scale=0.125, residual=True, configs=configs)
             sums = kernels.partial_moments(d_out, y, (d_u, x), config=configs.token_moments)
-        kernels.weight_gradients(*sums, w_q, b_q, w_k, b_q, w_v, b_v, gamma, scale=0.125, config=kernels.weight_gradients_config(target))
+        kernels.weight_gradients(sums, w_q, b_q, w_k, b_q, w_v, b_v, gamma, scale=0.125, config=of_weights)
     return launches
 
 

@@ -63,13 +63,12 @@ class Entry:
         return KERNELS[self.form][self.kernel].function
 
     def cases(self) -> list[Case]:
-        """Where it is timed. The first is the one that ranks: maps of the CIFAR models; then a small grid, and one large map.
+        """Where it is timed. The first is the one that ranks: maps of the CIFAR models; then one large map.
 
-        The small grid of folded maps would be single tiles, whose backward pass has a kernel of its own.
+        Of maps that are one tile the backward pass has a kernel of its own.
         """
         form, (dtype, tf32) = "sagan" if self.form == "narrow" else "attention", DTYPES[self.dtype]
-        shapes = [(64, 32), (64, 8), (1, 128)] if self.channels == 128 and form == "sagan" else [(64, 32), (1, 128)]
-        return [Case("tune", form, batch, self.channels, side, side, dtype, tf32, "training") for batch, side in shapes]
+        return [Case("tune", form, batch, self.channels, side, side, dtype, tf32, "training") for batch, side in ((64, 32), (1, 128))]
 
     def operands(self, target: kernels.Target) -> str:
         """The tables' name for the operands' class."""
@@ -81,7 +80,7 @@ def entries(dtypes: Collection[str], channels: Collection[int], chosen: Collecti
     for form in KERNELS:
         for dtype, width in itertools.product(dtypes, channels):
             for kernel in BY_WEIGHT:
-                if kernel in chosen and kernel in KERNELS[form] and (form == "folded" or kernels.projects_keys(width, width // 8)):
+                if kernel in chosen and kernel in KERNELS[form] and (form == "folded" or kernels.has_narrow_queries(width, width // 8)):
                     yield Entry(form, kernel, dtype, width)
 
 

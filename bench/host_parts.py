@@ -173,8 +173,7 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "single_tile_backward", "arguments of launches"),
     (kernels, "partial_moments", "arguments of launches"),
     (kernels, "weight_gradients", "arguments of launches"),
-    (kernels, "token_moments", "arguments of launches"),
-    (triton_backend, "weight_gradients", "gradients of weights, beside their operations"),
+    (kernels, "projected_weight_gradients", "arguments of launches"),
 ]
 """Module, function, and the part that its own lines count as."""
 
@@ -222,7 +221,7 @@ def _kind_of(function: Any) -> str:
     name = function.__name__
     if name in ("empty", "empty_like", "empty_strided", "new_empty", "zeros_like"):
         return "allocation"
-    return "views" if name in ("__get__", "flatten", "reshape", "contiguous") else "operations of the gradients of weights"
+    return "views" if name in ("__get__", "flatten", "reshape", "contiguous") else "other operations"
 
 
 def record(step: Step) -> list[Call]:

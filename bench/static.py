@@ -93,12 +93,12 @@ def filed(target: str, rows: list[Row]) -> str:
 
 def _forms(channels: Iterable[int], qk: str) -> Iterator[tuple[int, int]]:
     """The widths of map and queries to compile for; an eighth only where the layer would then project its keys."""
-    from visattn.kernels import projects_keys
+    from visattn.kernels import has_narrow_queries
 
     for width in channels:
         if qk != "eighth":
             yield width, width
-        if qk != "full" and projects_keys(width, narrow := max(1, width // QK_DIVISOR)):
+        if qk != "full" and has_narrow_queries(width, narrow := max(1, width // QK_DIVISOR)):
             yield width, narrow
 
 

@@ -17,6 +17,7 @@ from .launch_config import (
     attends_normalized,
     backward_configs,
     forward_config,
+    has_narrow_queries,
     key_splits,
     projected_configs,
     projection_configs,
@@ -32,14 +33,15 @@ from .projected_attention_forward import projected_attention_forward
 from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
 from .single_tile_backward import single_tile_backward
 from .token_attention import token_attention_backward, token_attention_forward
-from .token_moments import partial_moments, token_moments
-from .weight_gradients import weight_gradients
+from .token_moments import PartialMoments, partial_moments, token_moments
+from .weight_gradients import projected_weight_gradients, weight_gradients
 from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
 
 __all__ = [
     "FUSED_CHANNELS",
     "BackwardConfigs",
     "LaunchConfig",
+    "PartialMoments",
     "ProjectedConfigs",
     "Projection",
     "ProjectionConfigs",
@@ -54,12 +56,14 @@ __all__ = [
     "empty_with_strides_of",
     "forward_config",
     "group_statistics",
+    "has_narrow_queries",
     "key_splits",
     "output_projection",
     "partial_moments",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",
+    "projected_weight_gradients",
     "projection_configs",
     "projects_keys",
     "qkv_projection",

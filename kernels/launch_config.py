@@ -191,9 +191,17 @@ def key_splits(num_maps: int, num_channels: int, num_tokens: int, config: Launch
     return (splits, keys) if saved >= SPLITS_TAKE else (1, num_tokens)
 
 
-@functools.cache
-def projects_keys(num_channels: int, qk_channels: int) -> bool:
+def projects_keys(num_maps: int, num_channels: int, num_tokens: int, qk_channels: int, dtype: torch.dtype, target: Target) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
+
+    Narrow ones are, but on maps of one tile: those take longer to start kernels for, of which folded there are fewest.
+    """
+    return has_narrow_queries(num_channels, qk_channels) and single_tile_config(num_maps, num_channels, num_tokens, dtype, target) is None
+
+
+@functools.cache
+def has_narrow_queries(num_channels: int, qk_channels: int) -> bool:
+    """Whether queries and keys of `qk_channels` are so much narrower than the map that projecting them spares products.
 
     Counted in matrix products of padded width per pair of tokens, B being `block_channels`: folded, the forward pass takes
     2 B(C) and the backward pass 7 B(C); projected, B(D) + B(C) and 4 B(D) + 3 B(C), one kernel more, and queries and keys in

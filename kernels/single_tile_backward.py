@@ -13,6 +13,7 @@ from .attention_backward import key_value_gradient_kernel, prepare_backward_kern
 from .launch_config import LaunchConfig, block_channels
 from .launching import launch
 from .primitives import load_tile, tile_offsets
+from .token_moments import PartialMoments
 
 
 @triton.jit
@@ -110,7 +111,7 @@ def single_tile_backward(
     residual: bool,
     need_sums: bool,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> PartialMoments | None:
     """Fills `d_x` (N, C, L), unless it is None, and returns the sums that `weight_gradients` takes, or None without `need_sums`.
 
     x, d_out (N, C, L), L no more than `config.block_m`; `y` (N, C, L) and `lse` (N, L) as the forward pass left them; weights are
@@ -135,4 +136,4 @@ def single_tile_backward(
         BLOCK_L=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-    return None if product is None or total is None else (product, total)
+    return None if product is None or total is None else PartialMoments(product, total)

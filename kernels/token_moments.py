@@ -1,5 +1,7 @@
 """Sums over all tokens of all maps: what the gradients of the weights are made of."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,23 +11,31 @@ from .launching import launch
 from .primitives import load_tile, tile_offsets
 
 
+class PartialMoments(NamedTuple):
+    """Sums of one or two pairs of left (N, A, L) and right (N, C, L) in fp32, in parts, each over a split of the tokens of its own."""
+
+    product: torch.Tensor  # Σ left_i right_iᵀ (splits, pairs, A, C)
+    total: torch.Tensor  # Σ left_i (splits, pairs, A)
+    right_total: torch.Tensor | None = None  # Σ right_i (splits, pairs, C), where it was wanted
+
+
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_split"])  # or small batches would compile a kernel of their own
 def token_moments_kernel(
     left_ptr, stride_an, stride_ac, stride_al,
     right_ptr, stride_bn, stride_bc, stride_bl,
     second_left_ptr, stride_cn, stride_cc, stride_cl,
     second_right_ptr, stride_dn, stride_dc, stride_dl,
-    product_ptr, total_ptr,
+    product_ptr, total_ptr, right_total_ptr,
     num_tiles, tiles_per_split, num_tokens,
     A: tl.constexpr, C: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program sums `left_i right_iᵀ` over one split of the tokens, for BLOCK_A channels of left and BLOCK_C of right, and `left_i`.
+    """One program sums `left_i right_iᵀ`, left_i and right_i over a split of the tokens, for BLOCK_A channels of left and BLOCK_C of right.
 
     left_ptr, second_left_ptr (N, A, L); right_ptr, second_right_ptr (N, C, L), the second pair or None; product_ptr (splits, pairs, A, C)
-    fp32; total_ptr (splits, pairs, A) fp32. The N maps are cut into num_tiles tiles of BLOCK_L tokens, of which each split owns
-    tiles_per_split neighbours.
+    fp32; total_ptr (splits, pairs, A) fp32; right_total_ptr (splits, pairs, C) fp32, or None where it is not wanted. The N maps are cut
+    into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
     """
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
@@ -45,6 +55,7 @@ def token_moments_kernel(
     tiles_per_map = tl.cdiv(num_tokens, BLOCK_L)
     acc = tl.zeros((BLOCK_A, BLOCK_C), tl.float32)
     total = tl.zeros((BLOCK_A,), tl.float32)
+    right_total = tl.zeros((BLOCK_C,), tl.float32)
     first = split * tiles_per_split
     for tile in range(first, tl.minimum(first + tiles_per_split, num_tiles)):
         n = tl.cast(tile // tiles_per_map, tl.int64)
@@ -55,11 +66,15 @@ def token_moments_kernel(
         right = load_tile(right_ptr, right_offsets, offs_c, offs_l, C, num_tokens, True)
         acc = tl.dot(left, tl.trans(right), acc, input_precision=INPUT_PRECISION)
         total += tl.sum(left.to(tl.float32), 1)
+        if right_total_ptr is not None:
+            right_total += tl.sum(right.to(tl.float32), 1)
     rows = tl.cast(row, tl.int64) * A + offs_a
     inside = (offs_a < A)[:, None] & (offs_c < C)[None, :]
     tl.store(product_ptr + rows[:, None] * C + offs_c[None, :], acc, mask=inside)
     if pid % parts == 0:
         tl.store(total_ptr + rows, total, mask=offs_a < A)
+    if right_total_ptr is not None and pid // parts % tiles == 0:
+        tl.store(right_total_ptr + tl.cast(row, tl.int64) * C + offs_c, right_total, mask=offs_c < C)
 
 
 def partial_moments(
@@ -67,22 +82,22 @@ def partial_moments(
     right: torch.Tensor,
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
+    need_right: bool = False,
     config: LaunchConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Σ left_i right_iᵀ` (splits, pairs, A, C) and `Σ left_i` (splits, pairs, A), in fp32, each split over tokens of its own.
-
-    left (N, A, L) and right (N, C, L); `second` is another pair of the same shapes, summed in the same launch.
-    """
+) -> PartialMoments:
+    """The sums of left (N, A, L) and right (N, C, L), and of `second`, another pair of the same shapes, in the same launch."""
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
     pairs = 1 if second is None else 2
+    block_a = min(config.block_m, block_channels(left_channels))
     block_c = min(block_channels(num_channels), FUSED_CHANNELS)
     token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
-    programs = pairs * num_tiles(left_channels, config.block_m) * num_tiles(num_channels, block_c)
+    programs = pairs * num_tiles(left_channels, block_a) * num_tiles(num_channels, block_c)
     tiles_per_split = num_tiles(token_tiles, max(1, MAX_SPLITS // programs))
     splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, pairs, left_channels), dtype=torch.float32, device=left.device)
+    right_total = torch.empty((splits, pairs, num_channels), dtype=torch.float32, device=left.device) if need_right else None
     of_second: tuple[torch.Tensor | int | None, ...] = (None, 0, 0, 0, None, 0, 0, 0)
     if second is not None:
         of_second = (second[0], *second[0].stride(), second[1], *second[1].stride())
@@ -91,12 +106,12 @@ def partial_moments(
         left, *left.stride(),
         right, *right.stride(),
         *of_second,
-        product, total,
+        product, total, right_total,
         token_tiles, tiles_per_split, num_tokens,
-        A=left_channels, C=num_channels, BLOCK_A=config.block_m, BLOCK_L=config.block_n, BLOCK_C=block_c,
+        A=left_channels, C=num_channels, BLOCK_A=block_a, BLOCK_L=config.block_n, BLOCK_C=block_c,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-    return product, total
+    return PartialMoments(product, total, right_total)
 
 
 def token_moments(
@@ -110,5 +125,5 @@ def token_moments(
 
     `second` is another pair of the same shapes, summed in the same launch.
     """
-    product, total = partial_moments(left, right, second, config=config)
+    product, total, _ = partial_moments(left, right, second, config=config)
     return product.sum(0).unbind(), total.sum(0).unbind()

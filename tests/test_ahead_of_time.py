@@ -42,6 +42,7 @@ PROJECTED_KERNELS = [
     "projected_key_value_gradient_kernel",
     "token_moments_kernel",
     "token_moments_kernel",
+    "projected_weight_gradients_kernel",
 ]
 PROJECTION_KERNELS = [
     "qkv_projection_kernel",
@@ -140,6 +141,10 @@ def test_maps_of_one_tile(precision, channels, tokens):
     check("sm_90", precision, channels, tokens=tokens, kernels=SINGLE_TILE_KERNELS)
 
 
+def test_maps_of_one_tile_with_narrow_queries():
+    check("sm_90", "bf16", 128, 16, tokens=64, kernels=SINGLE_TILE_KERNELS)
+
+
 @pytest.mark.parametrize(("name", "precision", "channels"), [("sm_90", "bf16", 512), ("sm_86", "fp16", 320)])
 def test_more_channels_than_one_program_accumulates(name, precision, channels):
     check(name, precision, channels, kernels=WIDE_KERNELS)
@@ -217,11 +222,7 @@ def test_every_configuration(name, precision, channels):
     check(name, precision, channels)
 
 
-@pytest.mark.full
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
-@pytest.mark.parametrize("tokens", [49, 64])
-@pytest.mark.parametrize(
+SINGLE_TILES = pytest.mark.parametrize(
     ("name", "precision", "channels"),
     [
         (device.name, precision, channels)
@@ -231,6 +232,22 @@ def test_every_configuration(name, precision, channels):
         if single_tile_config(1, channels, 64, dtype, device.kernel_target(highest))
     ],
 )
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@SINGLE_TILES
+def test_every_configuration_of_maps_of_one_tile_with_narrow_queries(name, precision, channels, channels_last):
+    for divisor in (8, 2):
+        check(name, precision, channels, channels // divisor, tokens=64, channels_last=channels_last, kernels=SINGLE_TILE_KERNELS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("tokens", [49, 64])
+@SINGLE_TILES
 def test_every_configuration_of_maps_of_one_tile(name, precision, channels, tokens, channels_last):
     check(name, precision, channels, tokens=tokens, channels_last=channels_last, kernels=SINGLE_TILE_KERNELS)
 

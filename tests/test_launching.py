@@ -158,8 +158,8 @@ class TestLayer:
 
         def steps() -> list[tuple[object, tuple[int, int, int]]]:
             del started[:]
-            for layer, channels, offset in ((folded, 16, 0), (projected, 32, 0), (folded, 16, 1)):
-                x = torch.zeros(2 * channels * 64 + offset)[offset:].view(2, channels, 8, 8).requires_grad_()
+            for layer, channels, side, offset in ((folded, 16, 8, 0), (projected, 32, 12, 0), (folded, 16, 8, 1)):
+                x = torch.zeros(2 * channels * side**2 + offset)[offset:].view(2, channels, side, side).requires_grad_()
                 layer(x).sum().backward()
             return [(start.launcher, start.grid) for start in started]
 
@@ -167,7 +167,7 @@ class TestLayer:
             patch.setattr(launching, "_remembered", Forgetful())
             own = steps()
         names = [launcher.kernel.__name__ for launcher, _ in own]
-        assert len(names) == 3 + 8 + 3
+        assert len(names) == 3 + 9 + 3
         assert names[:3] == names[-3:]
         assert own[0] != own[-3]  # compiled for another alignment of x
         assert own[1] != own[-2]

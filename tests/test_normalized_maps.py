@@ -190,7 +190,7 @@ class TestProjections:
 def test_explain(qk_channels, attends, form, monkeypatch):
     monkeypatch.setattr(kernels, "attends_normalized", lambda *_: attends)
     layer = visattn.SelfAttention2d(32, qk_channels=qk_channels, norm_groups=4, device=PLACE)
-    assert form in visattn.explain(layer, torch.zeros(1, 32, 3, 3, device=PLACE))
+    assert form in visattn.explain(layer, torch.zeros(1, 32, 9, 9, device=PLACE))
 
 
 @pytest.mark.kernels

@@ -17,6 +17,7 @@ from .oracle import make_problem, run_layer
 
 kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
 
+HOPPER = kernels.Target("hopper", "bf16x6")
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 
 
@@ -30,24 +31,34 @@ class TestSelection:
         ],
     )  # fmt: skip
     def test_padded_widths_decide(self, channels, qk_channels, projected):
-        assert kernels.projects_keys(channels, qk_channels) == projected
+        assert kernels.has_narrow_queries(channels, qk_channels) == projected
+        assert kernels.projects_keys(1, channels, 65, qk_channels, torch.float32, HOPPER) == projected
+
+    @pytest.mark.parametrize(("maps", "tokens", "target", "projected"), [
+        (256, 64, HOPPER, False), (257, 64, HOPPER, True), (1, 65, HOPPER, True), (1, 64, kernels.Target("cdna", "ieee"), True),
+    ])  # fmt: skip
+    def test_maps_of_one_tile_fold_where_that_is_two_launches_backward(self, maps, tokens, target, projected):
+        assert kernels.projects_keys(maps, 64, tokens, 8, torch.float32, target) == projected
 
     @pytest.mark.kernels
-    @pytest.mark.parametrize(("channels", "qk_channels", "projected"), [(24, 3, True), (24, 24, False), (16, 2, False)])
-    def test_that_form_runs(self, channels, qk_channels, projected):
+    @pytest.mark.parametrize(
+        ("channels", "qk_channels", "width", "projected"), [(24, 3, 17, True), (24, 24, 17, False), (16, 2, 17, False), (24, 3, 16, False)]
+    )
+    def test_that_form_runs(self, channels, qk_channels, width, projected):
         launchers = {
             True: ("projected_attention_forward", "projected_attention_backward"),
-            False: ("attention_forward", "attention_backward"),
+            False: ("attention_forward", "attention_backward", "single_tile_backward"),
         }
         with mock.patch.multiple(kernels, **{name: mock.DEFAULT for name in launchers[not projected]}) as refused:
-            run_layer(make_problem((1, channels, 3, 4), qk_channels=qk_channels), "triton", PLACE)
+            run_layer(make_problem((1, channels, 4, width), qk_channels=qk_channels), "triton", PLACE)
         assert not any(launcher.called for launcher in refused.values())
 
     @pytest.mark.kernels
     def test_explain_says_which(self):
-        x = torch.randn(1, 64, 3, 3, device=PLACE)
+        x = torch.randn(1, 64, 9, 9, device=PLACE)
         with use_backend("auto"):
             assert dispatch.explain_selection(x, 8).endswith(", with thin projected keys.")
+            assert dispatch.explain_selection(x[..., :7], 8).endswith(", keys and values are the map itself.")
             assert visattn.explain(visattn.Attention(64), x).endswith(", keys and values are the map itself.")
 
 
@@ -85,3 +96,18 @@ class TestProjection:
         config = kernels.projected_configs(20, torch.float32, kernel_target(PLACE)).qkv_projection
         _, k, _ = kernels.qkv_projection(x, k=kernels.Projection(weight), config=config)
         torch.testing.assert_close(k, weight @ x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("left", "right"), [(5, 20), (70, 33), (16, 512)], ids=str)
+def test_moments(left, right):
+    """Two pairs of several maps and tiles, the last of them partial: their products, and either factor by itself."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = [[torch.randn(3, c, 150, generator=generator).to(PLACE) for c in (left, right)] for _ in range(2)]
+    config = kernels.backward_configs(32, torch.float32, kernel_target(PLACE)).token_moments
+    sums = kernels.partial_moments(*pairs[0], (pairs[1][0], pairs[1][1]), need_right=True, config=config)
+    product, total, right_total = (t.double().sum(0) for t in sums)
+    for pair, (a, b) in enumerate(pairs):
+        expected = torch.einsum("nal,ncl->ac", a.double(), b.double()), a.double().sum((0, 2)), b.double().sum((0, 2))
+        for got, truth in zip((product[pair], total[pair], right_total[pair]), expected, strict=True):
+            torch.testing.assert_close(got, truth, rtol=0, atol=1e-5 * float(truth.abs().max()))

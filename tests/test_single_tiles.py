@@ -17,6 +17,7 @@ launch_config = importlib.import_module("visattn.kernels.launch_config")
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 HOPPER = kernels.Target("hopper", "bf16x6")
+CONFIG = launch_config.weight_gradients_config(HOPPER)
 
 
 class TestRule:
@@ -46,13 +47,16 @@ class TestRule:
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "regime"),
-    [((3, 16, 8, 8), "peaked"), ((2, 40, 7, 7), "peaked"), ((1, 96, 5, 9), "peaked"), ((2, 24, 1, 1), "uniform")],
+    ("shape", "qk_channels", "regime"),
+    [
+        ((3, 16, 8, 8), 16, "peaked"), ((2, 40, 7, 7), 40, "peaked"), ((1, 96, 5, 9), 96, "peaked"), ((2, 24, 1, 1), 24, "uniform"),
+        ((2, 64, 8, 8), 8, "peaked"), ((2, 33, 7, 7), 3, "uniform"),
+    ],
     ids=str,
-)
-def test_branch_and_gradients(shape, regime, dtype, ran):
-    """Against float64; more steps than one for the keys, and queries, of a tile where rows say so."""
-    assert_correct(make_problems(shape, dtype, regime=regime), "triton", PLACE)
+)  # fmt: skip
+def test_branch_and_gradients(shape, qk_channels, regime, dtype, ran):
+    """Against float64; more steps than one for the keys, and queries, of a tile where rows say so. Narrow queries are folded as well."""
+    assert_correct(make_problems(shape, dtype, qk_channels=qk_channels, regime=regime), "triton", PLACE)
     assert ran["single"]
     assert not ran["other"]
 
@@ -126,41 +130,70 @@ class TestWeightGradients:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_all_of_them(self, channels, qk_channels, splits, dtype):
         for biased, scaled in ((True, True), (False, True), (True, False)):
-            sums, weights = self.problem(channels, qk_channels, splits, dtype, biased, scaled)
-            got = kernels.weight_gradients(*sums, *weights, scale=0.3, config=launch_config.weight_gradients_config(HOPPER))
-            product, total = (t.double().sum(0) for t in sums)
-            moments = folding.Moments(product[1], total[1], product[0], total[0])
-            expected = folding.weight_gradients(weights.map(torch.Tensor.double), moments, 0.3)
-            for name, gradient, truth, weight in zip(weights._fields, got, expected, weights, strict=True):
-                assert (gradient is None) == (truth is None) == (weight is None)
-                if gradient is not None:
-                    assert gradient.dtype == dtype
-                    assert gradient.shape == weight.shape
-                    largest = truth.abs().max() if name != "gamma" else self.largest_of_gamma(weights, moments)
-                    assert (gradient.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * largest, name
+            sums = self.moments(splits, 2, channels, channels)
+            weights = self.weights(channels, qk_channels, dtype, biased, scaled)
+            got = kernels.weight_gradients(sums, *weights, scale=0.3, config=CONFIG)
+            product, total = (t.double().sum(0) for t in sums[:2])
+            self.compare(got, weights, folding.Moments(product[1], total[1], product[0], total[0]), dtype)
 
-    def test_every_number_is_written(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("channels", "qk_channels", "splits", "value_splits"),
+        [(20, 5, 3, 1), (64, 8, 128, 40), (256, 128, 33, 2), (40, 150, 2, 17)],
+        ids=str,
+    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_projected(self, channels, qk_channels, splits, value_splits, dtype):
+        """The keys' gradient meets the map less its mean."""
+        for biased, scaled in ((True, True), (False, True), (True, False)):
+            sums, values = self.moments(splits, 2, qk_channels, channels), self.moments(value_splits, 1, channels, channels)
+            weights = self.weights(channels, qk_channels, dtype, biased, scaled)
+            got = kernels.projected_weight_gradients(sums, values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
+            product, total, map_total = (t.double().sum(0) for t in sums)
+            key = product[1] - torch.outer(total[1], map_total[0]) / 70
+            moments = folding.Moments(product[0], total[0], values.product.double().sum(0)[0], values.total.double().sum(0)[0], key)
+            self.compare(got, weights, moments, dtype)
+
+    @pytest.mark.parametrize("projected", [False, True])
+    def test_every_number_is_written(self, projected, monkeypatch):
         """The zeros of the keys' bias too, which memory may hold by chance."""
         monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
-        sums, weights = self.problem(40, 150, 3, torch.float32, True, False)
-        gradients = folding.Weights(
-            *kernels.weight_gradients(*sums, *weights, scale=0.3, config=launch_config.weight_gradients_config(HOPPER))
-        )
+        weights, sums, of_values = self.weights(40, 150, torch.float32, True, False), self.moments(3, 2, 40, 40), self.moments(3, 1, 40, 40)
+        if projected:
+            moments = self.moments(3, 2, 150, 40)
+            found = kernels.projected_weight_gradients(moments, of_values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
+        else:
+            found = kernels.weight_gradients(sums, *weights, scale=0.3, config=CONFIG)
+        gradients = folding.Weights(*found)
         assert not any(gradient.isnan().any() for gradient in gradients[:-1])
         assert torch.equal(gradients.b_k, torch.zeros(150, device=PLACE))
 
+    def compare(self, got, weights, moments, dtype):
+        expected = folding.weight_gradients(weights.map(torch.Tensor.double), moments, 0.3)
+        for name, gradient, truth, weight in zip(weights._fields, got, expected, weights, strict=True):
+            assert (gradient is None) == (truth is None) == (weight is None)
+            if gradient is not None:
+                assert gradient.dtype == dtype
+                assert gradient.shape == weight.shape
+                largest = truth.abs().max() if name != "gamma" else self.largest_of_gamma(weights, moments)
+                assert (gradient.double() - truth).abs().max() <= 4 * torch.finfo(dtype).eps * largest, name
+
     @staticmethod
-    def problem(channels, qk_channels, splits, dtype, biased, scaled):
-        generator = torch.Generator().manual_seed(channels)
+    def moments(splits, pairs, left, right):
+        generator = torch.Generator().manual_seed(left)
+        shapes = ((splits, pairs, left, right), (splits, pairs, left), (splits, 1, right))
+        product, total, right_total = (torch.randn(shape, generator=generator).to(PLACE) for shape in shapes)
+        return kernels.PartialMoments(product, total, right_total.expand(-1, pairs, -1).contiguous())
 
-        def normal(*shape, of=dtype):
-            return torch.randn(shape, generator=generator).to(PLACE, of)
+    @staticmethod
+    def weights(channels, qk_channels, dtype, biased, scaled):
+        generator = torch.Generator().manual_seed(channels + 1)
 
-        wide = torch.float32
-        sums = normal(splits, 2, channels, channels, of=wide), normal(splits, 2, channels, of=wide)
+        def normal(*shape):
+            return torch.randn(shape, generator=generator).to(PLACE, dtype)
+
         w_q, w_k, w_v = normal(qk_channels, channels, 1, 1), normal(qk_channels, channels), normal(channels, channels)
         b_q, b_k, b_v = (normal(qk_channels), normal(qk_channels), normal(channels)) if biased else (None, None, None)
-        return sums, folding.Weights(w_q, b_q, w_k, b_k, w_v, b_v, normal(1) if scaled else None)
+        return folding.Weights(w_q, b_q, w_k, b_k, w_v, b_v, normal(1) if scaled else None)
 
     @staticmethod
     def largest_of_gamma(weights, moments):

@@ -140,11 +140,13 @@ def _form(x: Tensor, qk_channels: int, normalized: bool) -> str:
     """Which of the kernels' forms runs; Triton is imported only here, where it is known to run."""
     from . import kernels
 
-    if kernels.projects_keys(x.shape[1], qk_channels):
+    maps, channels, height, width = x.shape
+    target = device.kernel_target(x.device)
+    if kernels.projects_keys(maps, channels, height * width, qk_channels, x.dtype, target):
         return "with thin projected keys" + ", after the map has been normalised" * normalized
     if not normalized:
         return "keys and values are the map itself"
-    if kernels.attends_normalized(x.shape[1], x.dtype, device.kernel_target(x.device)):
+    if kernels.attends_normalized(channels, x.dtype, target):
         return "keys and values are the map itself, which is normalised on the way"
     return "keys and values are the map, after it has been normalised"
 

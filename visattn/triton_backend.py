@@ -12,15 +12,15 @@ from torch import Tensor
 
 from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
-from .folding import NO_GRADIENTS, Gradients, Moments, Weights, weight_gradients
+from .folding import NO_GRADIENTS, Gradients, Weights
 from .layout import contiguous, deliver, empty_map_like, in_memory
 from .normalization import GroupNorm
 
 
 def normalizes(x: Tensor, weights: Weights) -> bool:
     """Whether `forward` takes a norm for the map x (N, C, H, W)."""
-    channels = x.shape[1]
-    return kernels.attends_normalized(channels, x.dtype, kernel_target(x.device)) and not _projects_keys(weights, channels)
+    target = kernel_target(x.device)
+    return kernels.attends_normalized(x.shape[1], x.dtype, target) and not _projects_keys(x, weights, target)
 
 
 def statistics_of(tokens: Tensor, norm: GroupNorm) -> Tensor:
@@ -41,7 +41,7 @@ def forward(
     if channels > kernels.FUSED_CHANNELS:
         return wide_triton_backend.forward(x, weights, scale, residual, save)
     target = kernel_target(x.device)
-    projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(weights, channels) else None
+    projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(x, weights, target) else None
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target, norm is not None)
     out = empty_map_like(x)
     written = kernels.writable(out.flatten(2))
@@ -113,7 +113,7 @@ def backward(
     with on_device_of(x):
         tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
         d_tokens = None if d_x is None else kernels.writable(d_x.flatten(2))
-        backward_of_form = _backward_projected if _projects_keys(weights, channels) else _backward_folded
+        backward_of_form = _backward_projected if _projects_keys(x, weights, target) else _backward_folded
         gradients = backward_of_form(tokens, g, weights, y, lse, d_tokens, scale, residual, need_weights, target)
         if d_x is not None and d_tokens is not None:
             deliver(d_tokens, d_x)
@@ -136,7 +136,7 @@ def _backward_folded(
         sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments) if need_weights else None
     if sums is None:
         return NO_GRADIENTS
-    return kernels.weight_gradients(*sums, *weights, scale=scale, config=kernels.weight_gradients_config(target))
+    return kernels.weight_gradients(sums, *weights, scale=scale, config=kernels.weight_gradients_config(target))
 
 
 def _backward_projected(
@@ -153,15 +153,17 @@ def _backward_projected(
     if not need_weights:
         return NO_GRADIENTS
     config = kernels.backward_configs(tokens.shape[1], tokens.dtype, target).token_moments
-    (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=config)
-    (value,), (value_total,) = kernels.token_moments(g, y, config=config)
-    # Σ dk_i is zero but for rounding, which is kept from multiplying the mean of the map.
-    key = torch.addr(key, key_total, tokens.mean((0, 2), dtype=torch.float32), alpha=-1)
-    return weight_gradients(weights, Moments(query, query_total, value, value_total, key), scale)
+    sums = kernels.partial_moments(d_q, tokens, (d_k, tokens), need_right=True, config=config)
+    value_sums = kernels.partial_moments(g, y, config=config)
+    return kernels.projected_weight_gradients(
+        sums, value_sums, *weights,
+        num_tokens=tokens.shape[0] * tokens.shape[2], scale=scale, config=kernels.weight_gradients_config(target),
+    )  # fmt: skip
 
 
-def _projects_keys(weights: Weights, channels: int) -> bool:
-    return kernels.projects_keys(channels, weights.w_q.shape[0])
+def _projects_keys(x: Tensor, weights: Weights, target: kernels.Target) -> bool:
+    maps, channels, height, width = x.shape
+    return kernels.projects_keys(maps, channels, height * width, weights.w_q.shape[0], x.dtype, target)
 
 
 def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: kernels.ProjectedConfigs) -> tuple[Tensor, Tensor]:
