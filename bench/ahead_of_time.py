@@ -173,7 +173,7 @@ def layer_launches(
         configs, of_weights = kernels.backward_configs(channels, dtype, target), kernels.weight_gradients_config(target)
         if kernels.projects_keys(maps, channels, tokens, width, dtype, target):
             projected = kernels.projected_configs(channels, dtype, target)
-            q, k, _ = kernels.qkv_projection(
+            q, k, *_ = kernels.qkv_projection(
                 x, kernels.Projection(w_q, b_q, 0.125), kernels.Projection(w_k), config=projected.qkv_projection
             )
             kernels.projected_attention_forward(q, k, x, x, w_v, b_v, gamma, out, y, lse, residual=True, config=projected.forward)
@@ -182,7 +182,7 @@ def layer_launches(
             )
             sums = kernels.partial_moments(d_q, x, (d_k, x), need_right=True, config=configs.token_moments)
             value_sums = kernels.partial_moments(d_out, y, config=configs.token_moments)
-            kernels.projected_weight_gradients(
+            kernels.projection_gradients(
                 sums, value_sums, w_q, b_q, w_k, b_q, w_v, b_v, gamma, num_tokens=tokens, scale=0.125, config=of_weights
             )
             return launches
@@ -263,22 +263,24 @@ def projection_launches(
     x, d_x = (kernels.writable(m) for m in maps)
     w_q, w_k, w_v = (empty(width, channels) for width in (qk_channels, qk_channels, value_channels))
     d_q, d_k, d_v = (kernels.empty_aligned(x, (2, width, tokens)) for width in (qk_channels, qk_channels, value_channels))
-    configs = kernels.projection_configs(channels, dtype, device.kernel_target(highest))
+    target = device.kernel_target(highest)
+    configs, of_weights = kernels.projection_configs(channels, dtype, target), kernels.weight_gradients_config(target)
+    b_q, centre, y_total = empty(qk_channels), torch.empty(2, channels, device="meta"), torch.empty(value_channels, device="meta")
     with caught_launches() as launches:
-        kernels.qkv_projection(
-            x,
-            kernels.Projection(w_q, empty(qk_channels), 0.125),
-            kernels.Projection(w_k, empty(2, qk_channels)),
-            kernels.Projection(w_v, empty(2, value_channels)),
-            config=configs.qkv_projection,
-        )
+        keys, values = kernels.Projection(w_k), kernels.Projection(w_v)
+        kernels.qkv_projection(x, kernels.Projection(w_q, b_q, 0.125), keys, values, centre=centre, config=configs.qkv_projection)
         kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_x, config=configs.backward)
         if max(channels, value_channels) <= kernels.FUSED_CHANNELS:
-            of_values = kernels.projection_configs(value_channels, dtype, device.kernel_target(highest)).qkv_projection
+            of_output = kernels.projection_configs(value_channels, dtype, target)
             w_o, b_o, gamma = empty(channels, value_channels), empty(channels), empty(1)
-            kernels.output_projection(d_v, w_o, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_values)
-        kernels.token_moments(d_q, x, (d_k, x), config=configs.token_moments)
-        kernels.token_moments(d_v, x, config=configs.token_moments)
+            kernels.output_projection(d_v, w_o, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_output.qkv_projection)
+            kernels.output_projection_backward(x, w_o, gamma, config=of_output.backward)
+            kernels.output_gradients(kernels.partial_moments(x, d_v, config=of_output.token_moments), w_o, b_o, gamma, config=of_weights)
+        sums = kernels.partial_moments(d_q, x, (d_k, x), need_right=True, config=configs.token_moments)
+        value_sums = kernels.partial_moments(d_v, x, config=configs.token_moments)
+        kernels.projection_gradients(
+            sums, value_sums, w_q, b_q, w_k, None, w_v, None, None, y_total, num_tokens=tokens, scale=1.0, config=of_weights
+        )
     return launches
 
 
@@ -299,8 +301,8 @@ def normalized_launches(
     weight, vector, target = empty(channels, channels), empty(channels), device.kernel_target(highest)
     with caught_launches() as launches:
         norm = kernels.group_statistics(x, vector, vector, channels // 2, 1e-6)
-        projection, config = kernels.Projection(weight, empty(128, channels)), kernels.projection_configs(channels, dtype, target)
-        kernels.qkv_projection(x, projection, projection, projection, norm, config=config.qkv_projection)
+        projection, config = kernels.Projection(weight), kernels.projection_configs(channels, dtype, target)
+        kernels.qkv_projection(x, projection, projection, projection, norm, norm[:, -1], config=config.qkv_projection)
         if kernels.attends_normalized(channels, dtype, target):
             forward = kernels.forward_config(channels, dtype, target, True)
             kernels.attention_forward(

@@ -173,7 +173,7 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "single_tile_backward", "arguments of launches"),
     (kernels, "partial_moments", "arguments of launches"),
     (kernels, "weight_gradients", "arguments of launches"),
-    (kernels, "projected_weight_gradients", "arguments of launches"),
+    (kernels, "projection_gradients", "arguments of launches"),
 ]
 """Module, function, and the part that its own lines count as."""
 

@@ -27,14 +27,15 @@ from .launch_config import (
     weight_gradients_config,
     wide_configs,
 )
-from .output_projection import output_projection
+from .output_projection import output_projection, output_projection_backward
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
+from .projection_gradients import output_gradients, projection_gradients
 from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
 from .single_tile_backward import single_tile_backward
 from .token_attention import token_attention_backward, token_attention_forward
 from .token_moments import PartialMoments, partial_moments, token_moments
-from .weight_gradients import projected_weight_gradients, weight_gradients
+from .weight_gradients import weight_gradients
 from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
 
 __all__ = [
@@ -58,13 +59,15 @@ __all__ = [
     "group_statistics",
     "has_narrow_queries",
     "key_splits",
+    "output_gradients",
     "output_projection",
+    "output_projection_backward",
     "partial_moments",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",
-    "projected_weight_gradients",
     "projection_configs",
+    "projection_gradients",
     "projects_keys",
     "qkv_projection",
     "qkv_projection_backward",

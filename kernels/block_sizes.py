@@ -105,7 +105,8 @@ FOLDED_TABLE: Table = {
 # Blackwell takes Hopper's sizes, but for rows that would spill there or that were only counted on Hopper.
 FOLDED_TABLE |= {("blackwell", operands): FOLDED_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
 FOLDED_TABLE["blackwell", "half"] = FOLDED_TABLE["hopper", "half"] | {
-    256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 4, 2)),
+    128: ((64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 2, 255)),
+    256: ((64, 64, 64, 32, 8, 2), (64, 64, ALL, 32, 4, 1), (64, 64, 64, 32, 8, 2), (32, 64, 64, 32, 8, 1), (64, 64, ALL, 32, 8, 2, 255)),
 }
 FOLDED_TABLE["blackwell", "tf32"] = FOLDED_TABLE["hopper", "tf32"] | {
     128: ((64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (32, 64, ALL, 16, 4, 2),

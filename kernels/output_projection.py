@@ -1,12 +1,13 @@
-"""What ends a block with heads: output projection, γ, residual and the factor of the sum, in one pass."""
+"""What ends a block with heads: output projection, γ, residual and the factor of the sum, in one pass; and what it hands back."""
 
 import torch
 import triton
 import triton.language as tl
 
+from .alignment import empty_aligned
 from .launch_config import LaunchConfig, block_channels, num_tiles
 from .launching import launch
-from .primitives import load_tile, locate, store_output, tile_offsets
+from .primitives import gradient_of_y, load_tile, locate, store_output, store_tile, tile_offsets
 
 
 @triton.jit
@@ -61,3 +62,44 @@ def output_projection(
         BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
+
+
+@triton.jit
+def output_projection_backward_kernel(
+    g_ptr, stride_gn, stride_gc, stride_gl,
+    w_ptr, gamma_ptr,
+    d_y_ptr, stride_yn, stride_yc, stride_yl,
+    num_tokens,
+    C: tl.constexpr, V: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program computes `γ Wᵀ g` of BLOCK_L tokens of one map.
+
+    g_ptr (N, C, L), the gradient of the sum; w_ptr (C, V); gamma_ptr (1) or None; d_y_ptr (N, V, L).
+    """
+    n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    d_y = gradient_of_y(
+        g_ptr + n * stride_gn, stride_gc, stride_gl, w_ptr, gamma_ptr, offs_v, offs_l, num_tokens, C, V, BLOCK_R, INPUT_PRECISION
+    )
+    store_tile(d_y_ptr, n * stride_yn + tile_offsets(offs_v, offs_l, stride_yc, stride_yl), d_y, offs_v, offs_l, V, num_tokens)
+
+
+def output_projection_backward(g: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor | None, *, config: LaunchConfig) -> torch.Tensor:
+    """The gradient of y (N, V, L), in aligned rows, from g (N, C, L), that of the sum times its factor, any strides; weight (C, V)."""
+    num_maps, num_channels, num_tokens = g.shape
+    value_channels = weight.shape[1]
+    d_y = empty_aligned(g, (num_maps, value_channels, num_tokens))
+    launch(
+        output_projection_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        g, *g.stride(),
+        weight, gamma,
+        d_y, *d_y.stride(),
+        num_tokens,
+        C=num_channels, V=value_channels,
+        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+    return d_y

@@ -173,15 +173,22 @@ def project_there_and_back(
 @triton.jit
 def project_tile(
     x, w_ptr, b_ptr, factor, out_ptr, stride_oc, stride_ol, offs_c, offs_l, num_tokens,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr, centre_ptr=None, shift_ptr=None,
 ):  # fmt: skip
-    """Writes `factor · (W t + b)` of each token t of the tile x (BLOCK_C, BLOCK_L) to out_ptr (ROWS, num_tokens).
+    """Writes `factor · (W (t - centre) + b)` of each token t of the tile x (BLOCK_C, BLOCK_L) to out_ptr (ROWS, num_tokens).
 
-    w_ptr (ROWS, C); b_ptr (ROWS) or None; factor a number or None. BLOCK_R rows of the weight are taken at a time.
+    w_ptr (ROWS, C); b_ptr (ROWS) or None; factor a number or None; centre_ptr (C) fp32 or None, and then shift_ptr (ROWS) fp32, where
+    `W centre` goes, or None where it is not wanted. BLOCK_R rows of the weight are taken at a time.
     """
     for start_r in tl.range(0, ROWS, BLOCK_R, num_stages=1):
         offs_r = start_r + tl.arange(0, BLOCK_R)
-        projected = tl.dot(load_rows(w_ptr, offs_r, offs_c, ROWS, C), x, input_precision=INPUT_PRECISION)
+        w = load_rows(w_ptr, offs_r, offs_c, ROWS, C)
+        projected = tl.dot(w, x, input_precision=INPUT_PRECISION)
+        if centre_ptr is not None:
+            shift = tl.sum(w.to(tl.float32) * tl.load(centre_ptr + offs_c, mask=offs_c < C, other=0.0)[None, :], 1)
+            if shift_ptr is not None:
+                tl.store(shift_ptr + offs_r, shift, mask=offs_r < ROWS)
+            projected -= shift[:, None]
         if b_ptr is not None:
             projected += tl.load(b_ptr + offs_r, mask=offs_r < ROWS, other=0.0).to(tl.float32)[:, None]
         if factor is not None:

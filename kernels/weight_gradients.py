@@ -1,10 +1,8 @@
-"""Gradients of the weights from the sums over the tokens: the last launch of the backward pass.
+"""Gradients of the weights from the sums over the tokens, for folded queries: the last launch of the backward pass.
 
-With `V = Σ g_i y_iᵀ` and `v = Σ g_i`: `dW_v = γ V`, `db_v = γ v` and `dγ = Σ W_v ∘ V + b_v · v`. Folded queries, du being the gradient of
-`W_kᵀ (W_q x + b_q)`, `Q = Σ du_i x_iᵀ` and `q = Σ du_i`: `dW_q = scale · W_k Q`, `db_q = scale · W_k q` and
-`dW_k = scale · (W_q Qᵀ + b_q qᵀ)`. Projected ones, dq being the gradient of `scale · (W_q x + b_q)` and dk that of `W_k x`:
-`dW_q = scale · Σ dq_i x_iᵀ`, `db_q = scale · Σ dq_i` and `dW_k = Σ dk_i (x_i - x̄)ᵀ`: Σ dk_i is zero but for rounding, which x̄, the mean of
-all maps, keeps from being multiplied by it. The sums come in parts, one of each split of the tokens, and are added up in a fixed order.
+With `Q = Σ du_i x_iᵀ`, `q = Σ du_i`, `V = Σ g_i y_iᵀ` and `v = Σ g_i`, du being the gradient of the folded query `W_kᵀ (W_q x + b_q)`:
+`dW_q = scale · W_k Q`, `db_q = scale · W_k q`, `dW_k = scale · (W_q Qᵀ + b_q qᵀ)`, `dW_v = γ V`, `db_v = γ v` and
+`dγ = Σ W_v ∘ V + b_v · v`. The sums come in parts, one of each split of the tokens, and are added up in a fixed order.
 """
 
 import torch
@@ -29,6 +27,12 @@ def sum_of_splits(ptr, offsets, inside, splits, stride_s, BLOCK_S: tl.constexpr)
 
 
 @triton.jit
+def sum_of_rows(ptr, offs, length: tl.constexpr, splits, stride_s, BLOCK_S: tl.constexpr):
+    """Sum (ROWS) of `splits` vectors at offs (ROWS) of `length` from ptr, stride_s apart."""
+    return tl.sum(sum_of_splits(ptr, offs[None, :], (offs < length)[None, :], splits, stride_s, BLOCK_S), 0)
+
+
+@triton.jit
 def weight_times_sums(
     w_ptr, product_ptr, offs_r, offs_j, splits, STRIDE_K: tl.constexpr, STRIDE_J: tl.constexpr,
     C: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, INPUT_PRECISION: tl.constexpr,
@@ -47,30 +51,31 @@ def weight_times_sums(
 
 @triton.jit
 def store_value_gradients(
-    product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, tile, splits,
-    C: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, tile, splits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_J rows and BLOCK_K columns of dW_v, db_v beside the first, and what the tile adds to dγ.
+    """A tile (BLOCK_J, BLOCK_K) of the gradient of the weight in `γ (W y + b)`, that of b beside the first, and what it adds to dγ.
 
-    product_ptr, total_ptr: V and v, the first of PAIRS in each split; d_gamma_ptr: a number of each tile; the others as in the kernels.
+    product_ptr, total_ptr: V and v, the first of PAIRS in each split; w_ptr, d_w_ptr (ROWS, COLUMNS); b_ptr, d_b_ptr (ROWS) or None;
+    gamma_ptr (1) or None; d_gamma_ptr: a number of each tile.
     """
-    parts: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    parts: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     offs_j, offs_k = tile // parts * BLOCK_J + tl.arange(0, BLOCK_J), tile % parts * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside_j = offs_j < C
-    inside = inside_j[:, None] & (offs_k < C)[None, :]
-    offsets = offs_j[:, None] * C + offs_k[None, :]
-    v = sum_of_splits(product_ptr, offsets, inside, splits, PAIRS * C * C, BLOCK_S)
+    inside_j = offs_j < ROWS
+    inside = inside_j[:, None] & (offs_k < COLUMNS)[None, :]
+    offsets = offs_j[:, None] * COLUMNS + offs_k[None, :]
+    v = sum_of_splits(product_ptr, offsets, inside, splits, PAIRS * ROWS * COLUMNS, BLOCK_S)
     gamma = 1.0
     d_gamma = 0.0
     if gamma_ptr is not None:
         gamma = tl.load(gamma_ptr).to(tl.float32)
-        d_gamma += tl.sum(v * load_rows(w_v_ptr, offs_j, offs_k, C, C).to(tl.float32))
-    tl.store(d_w_v_ptr + offsets, (gamma * v).to(d_w_v_ptr.dtype.element_ty), mask=inside)
-    if b_v_ptr is not None and tile % parts == 0:
-        total = tl.sum(sum_of_splits(total_ptr, offs_j[None, :], inside_j[None, :], splits, PAIRS * C, BLOCK_S), 0)
+        d_gamma += tl.sum(v * load_rows(w_ptr, offs_j, offs_k, ROWS, COLUMNS).to(tl.float32))
+    tl.store(d_w_ptr + offsets, (gamma * v).to(d_w_ptr.dtype.element_ty), mask=inside)
+    if b_ptr is not None and tile % parts == 0:
+        total = sum_of_rows(total_ptr, offs_j, ROWS, splits, PAIRS * ROWS, BLOCK_S)
         if gamma_ptr is not None:
-            d_gamma += tl.sum(total * tl.load(b_v_ptr + offs_j, mask=inside_j, other=0.0).to(tl.float32))
-        tl.store(d_b_v_ptr + offs_j, (gamma * total).to(d_b_v_ptr.dtype.element_ty), mask=inside_j)
+            d_gamma += tl.sum(total * tl.load(b_ptr + offs_j, mask=inside_j, other=0.0).to(tl.float32))
+        tl.store(d_b_ptr + offs_j, (gamma * total).to(d_b_ptr.dtype.element_ty), mask=inside_j)
     if gamma_ptr is not None:
         tl.store(d_gamma_ptr + tile, d_gamma)
 
@@ -105,64 +110,21 @@ def weight_gradients_kernel(
             d_b = tl.zeros((BLOCK_R,), tl.float32)
             for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
                 offs_k = start_k + tl.arange(0, BLOCK_K)
-                total = sum_of_splits(total_ptr + C, offs_k[None, :], (offs_k < C)[None, :], splits, 2 * C, BLOCK_S)
-                d_b += tl.sum(load_rows(w_k_ptr, offs_r, offs_k, D, C).to(tl.float32) * total, 1)
+                total = sum_of_rows(total_ptr + C, offs_k, C, splits, 2 * C, BLOCK_S)
+                d_b += tl.sum(load_rows(w_k_ptr, offs_r, offs_k, D, C).to(tl.float32) * total[None, :], 1)
             tl.store(d_b_q_ptr + offs_r, (scale * d_b).to(d_b_q_ptr.dtype.element_ty), mask=offs_r < D)
     elif pid < 2 * parts * row_parts:
         d_w = weight_times_sums(w_q_ptr, product_ptr + C * C, offs_r, offs_j, splits, 1, C, C, D, BLOCK_K, BLOCK_S, INPUT_PRECISION)
         if b_q_ptr is not None:
             b_q = tl.load(b_q_ptr + offs_r, mask=offs_r < D, other=0.0).to(tl.float32)
-            d_w += b_q[:, None] * sum_of_splits(total_ptr + C, offs_j[None, :], (offs_j < C)[None, :], splits, 2 * C, BLOCK_S)
+            d_w += b_q[:, None] * sum_of_rows(total_ptr + C, offs_j, C, splits, 2 * C, BLOCK_S)[None, :]
         tl.store(d_w_k_ptr + offsets, (scale * d_w).to(d_w_k_ptr.dtype.element_ty), mask=inside)
         if d_b_k_ptr is not None and pid % parts == 0:
             tl.store(d_b_k_ptr + offs_r, tl.zeros((BLOCK_R,), d_b_k_ptr.dtype.element_ty), mask=offs_r < D)
     else:
         store_value_gradients(
             product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, pid - 2 * parts * row_parts, splits,
-            C, 2, BLOCK_J, BLOCK_K, BLOCK_S,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["splits", "value_splits"])
-def projected_weight_gradients_kernel(
-    product_ptr, total_ptr, map_total_ptr, value_product_ptr, value_total_ptr,
-    w_v_ptr, b_v_ptr, gamma_ptr,
-    d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_b_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
-    splits, value_splits, scale, per_token,
-    C: tl.constexpr, D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """One program computes BLOCK_J columns of BLOCK_R rows of dW_q or dW_k, or a tile of dW_v, and the biases' beside them: projected.
-
-    product_ptr (splits, 2, D, C), total_ptr (splits, 2, D) and map_total_ptr (splits, 2, C), fp32: parts of Σ dq_i x_iᵀ and Σ dk_i x_iᵀ, of
-    Σ dq_i and Σ dk_i, and of Σ x_i, twice; value_product_ptr (value_splits, C, C) and value_total_ptr (value_splits, C), fp32: parts of V
-    and v. The others are as in `weight_gradients_kernel`. per_token: one by the number of tokens.
-    """
-    parts: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
-    row_parts: tl.constexpr = (D + BLOCK_R - 1) // BLOCK_R
-    pid = tl.program_id(0)
-    offs_j = pid % parts * BLOCK_J + tl.arange(0, BLOCK_J)
-    offs_r = pid // parts % row_parts * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside_r, inside_j = offs_r < D, offs_j < C
-    inside = inside_r[:, None] & inside_j[None, :]
-    offsets = offs_r[:, None] * C + offs_j[None, :]
-    if pid < parts * row_parts:
-        d_w = sum_of_splits(product_ptr, offsets, inside, splits, 2 * D * C, BLOCK_S)
-        tl.store(d_w_q_ptr + offsets, (scale * d_w).to(d_w_q_ptr.dtype.element_ty), mask=inside)
-        if d_b_q_ptr is not None and pid % parts == 0:
-            d_b = tl.sum(sum_of_splits(total_ptr, offs_r[None, :], inside_r[None, :], splits, 2 * D, BLOCK_S), 0)
-            tl.store(d_b_q_ptr + offs_r, (scale * d_b).to(d_b_q_ptr.dtype.element_ty), mask=inside_r)
-    elif pid < 2 * parts * row_parts:
-        d_w = sum_of_splits(product_ptr + D * C, offsets, inside, splits, 2 * D * C, BLOCK_S)
-        total = tl.sum(sum_of_splits(total_ptr + D, offs_r[None, :], inside_r[None, :], splits, 2 * D, BLOCK_S), 0)
-        mean = per_token * sum_of_splits(map_total_ptr, offs_j[None, :], inside_j[None, :], splits, 2 * C, BLOCK_S)
-        tl.store(d_w_k_ptr + offsets, (d_w - total[:, None] * mean).to(d_w_k_ptr.dtype.element_ty), mask=inside)
-        if d_b_k_ptr is not None and pid % parts == 0:
-            tl.store(d_b_k_ptr + offs_r, tl.zeros((BLOCK_R,), d_b_k_ptr.dtype.element_ty), mask=inside_r)
-    else:
-        store_value_gradients(
-            value_product_ptr, value_total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
-            pid - 2 * parts * row_parts, value_splits, C, 1, BLOCK_J, BLOCK_K, BLOCK_S,
+            C, C, 2, BLOCK_J, BLOCK_K, BLOCK_S,
         )  # fmt: skip
 
 
@@ -184,63 +146,22 @@ def weight_gradients(
     moments: those of g with y and of du with x. w_q, w_k (D, C), w_v (C, C), the weights of 1×1 convolutions as well; all contiguous.
     """
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
-    programs, sizes, d_gamma = _tiles(w_q, moments, gamma, config.block_m, config)
+    qk_channels, channels = w_q.shape[:2]
+    block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
+    value_tiles = parts * num_tiles(channels, config.block_k)
+    d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
-        weight_gradients_kernel, programs,
+        weight_gradients_kernel, 2 * num_tiles(qk_channels, block_r) * parts + value_tiles,
         moments.product, moments.total,
         w_q, b_q, w_k, w_v, b_v, gamma,
         *gradients, d_gamma,
         len(moments.product), scale,
-        **sizes, INPUT_PRECISION=config.input_precision, **config.options,
+        C=channels, D=qk_channels, BLOCK_R=block_r, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-    return *gradients, _added_up(d_gamma, gamma)
+    return *gradients, added_up(d_gamma, gamma)
 
 
-def projected_weight_gradients(
-    moments: PartialMoments,
-    value_moments: PartialMoments,
-    w_q: torch.Tensor,
-    b_q: torch.Tensor | None,
-    w_k: torch.Tensor,
-    b_k: torch.Tensor | None,
-    w_v: torch.Tensor,
-    b_v: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    *,
-    num_tokens: int,
-    scale: float,
-    config: LaunchConfig,
-) -> tuple[torch.Tensor | None, ...]:
-    """The same where queries and keys were projected.
-
-    moments: those of dq with x and of dk with x, Σ x among them; value_moments: those of g with y; num_tokens: of all maps together.
-    """
-    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
-    programs, sizes, d_gamma = _tiles(w_q, moments, gamma, config.block_n, config)  # as few rows as of dW_v: none is summed twice
-    launch(
-        projected_weight_gradients_kernel, programs,
-        *moments, value_moments.product, value_moments.total,
-        w_v, b_v, gamma,
-        *gradients, d_gamma,
-        len(moments.product), len(value_moments.product), scale, 1 / num_tokens,
-        **sizes, **config.options,
-    )  # fmt: skip
-    return *gradients, _added_up(d_gamma, gamma)
-
-
-def _tiles(
-    w_q: torch.Tensor, moments: PartialMoments, gamma: torch.Tensor | None, rows: int, config: LaunchConfig
-) -> tuple[int, dict[str, int], torch.Tensor | None]:
-    """How many programs a kernel takes, its sizes, with `rows` of dW_q and dW_k at most, and where its tiles of dW_v leave their dγ."""
-    qk_channels, channels = w_q.shape[:2]
-    block_r, parts = min(rows, block_channels(qk_channels)), num_tiles(channels, config.block_n)
-    value_tiles = parts * num_tiles(channels, config.block_k)
-    d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
-    programs = 2 * num_tiles(qk_channels, block_r) * parts + value_tiles
-    blocks = {"BLOCK_R": block_r, "BLOCK_J": config.block_n, "BLOCK_K": config.block_k, "BLOCK_S": config.block_d}
-    return programs, {"C": channels, "D": qk_channels, **blocks}, d_gamma
-
-
-def _added_up(d_gamma: torch.Tensor | None, gamma: torch.Tensor | None) -> torch.Tensor | None:
-    """dγ like γ, of what the tiles of dW_v have left."""
+def added_up(d_gamma: torch.Tensor | None, gamma: torch.Tensor | None) -> torch.Tensor | None:
+    """dγ like γ, of what tiles have left, or None without γ."""
     return None if d_gamma is None or gamma is None else d_gamma.sum().to(gamma.dtype).view_as(gamma)

@@ -42,15 +42,20 @@ PROJECTED_KERNELS = [
     "projected_key_value_gradient_kernel",
     "token_moments_kernel",
     "token_moments_kernel",
-    "projected_weight_gradients_kernel",
+    "projection_gradients_kernel",
 ]
 PROJECTION_KERNELS = [
     "qkv_projection_kernel",
     "qkv_projection_backward_kernel",
     "output_projection_kernel",
+    "output_projection_backward_kernel",
+    "token_moments_kernel",
+    "output_gradients_kernel",
     "token_moments_kernel",
     "token_moments_kernel",
+    "projection_gradients_kernel",
 ]
+OF_OUTPUT = PROJECTION_KERNELS[2:6]
 WIDE_KERNELS = ["wide_attention_forward_kernel", "wide_query_gradient_kernel", *KERNELS[3:5]]
 WIDE_SPLIT_KERNELS = [WIDE_KERNELS[0], "merge_splits_kernel", *WIDE_KERNELS[1:]]
 SPLIT_KERNELS = ["split_attention_forward_kernel", "merge_splits_kernel", "output_projection_kernel", *KERNELS[1:]]
@@ -92,7 +97,7 @@ def check_projections(name: str, precision: str, channels: int, qk_channels: int
     dtype, highest = PRECISIONS[precision]
     shape = (channels, qk_channels, value_channels)
     launches = projection_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
-    assert [launch.name for launch in launches] == [k for k in PROJECTION_KERNELS if value_channels <= 256 or not k.startswith("output")]
+    assert [launch.name for launch in launches] == PROJECTION_KERNELS[:2] + OF_OUTPUT * (value_channels <= 256) + PROJECTION_KERNELS[6:]
     check_launches(launches, DEVICES[name])
 
 

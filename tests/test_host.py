@@ -34,7 +34,7 @@ NARROW_BACKWARD = [
     "projected_query_gradient_kernel",
     "projected_key_value_gradient_kernel",
     *2 * ["token_moments_kernel"],
-    "projected_weight_gradients_kernel",
+    "projection_gradients_kernel",
 ]
 
 

@@ -3,6 +3,7 @@
 What it computes is judged beside the other form in test_correctness.py, test_layouts.py and test_autograd.py.
 """
 
+import importlib
 from unittest import mock
 
 import pytest
@@ -79,7 +80,9 @@ class TestProjection:
                 weight, bias = (torch.randn(*size, generator=generator).to(PLACE, dtype) for size in ((width, channels), (width,)))
                 projections[name] = kernels.Projection(weight, None if name == "k" else bias, factors[name])
         config = kernels.projected_configs(max(channels, 17), dtype, kernel_target(PLACE)).qkv_projection
-        results = dict(zip("qkv", kernels.qkv_projection(x, **projections, config=config), strict=True))
+        *projected, shift = kernels.qkv_projection(x, **projections, config=config)
+        assert shift is None
+        results = dict(zip("qkv", projected, strict=True))
         assert {name for name, result in results.items() if result is not None} == set(wanted)
         for name, (weight, bias, factor) in projections.items():
             truth = torch.einsum("dc,ncl->ndl", weight.double(), x.double())
@@ -89,19 +92,37 @@ class TestProjection:
             error = (results[name].double() - truth).abs().max() / truth.abs().max()
             assert error < 4 * torch.finfo(dtype).eps, name
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_keys_and_values_less_a_vector_of_each_map(self, dtype):
+        """With a mean of 50, which would leave hardly a digit in half precision."""
+        generator = torch.Generator().manual_seed(0)
+        x, w_q, w_k, w_v = (torch.randn(size, generator=generator).to(PLACE, dtype) for size in ((2, 20, 70), (5, 20), (33, 20), (17, 20)))
+        x += torch.tensor([50.0, -3.0], dtype=dtype, device=PLACE)[:, None, None]
+        statistics = torch.stack([torch.zeros(2, 20, device=PLACE), x.float().mean(2)], 1)  # rows that are not neighbours
+        config = kernels.projected_configs(20, dtype, kernel_target(PLACE)).qkv_projection
+        projections = [kernels.Projection(w) for w in (w_q, w_k, w_v)]
+        *projected, shift = kernels.qkv_projection(x, *projections, centre=statistics[:, 1], config=config)
+        for got, weight, share in zip(projected, (w_q, w_k, w_v), (0, 1, 1), strict=True):
+            truth = torch.einsum("dc,ncl->ndl", weight.double(), x.double() - share * statistics[:, 1, :, None])
+            # In fp32 the products are off by their own size, that of the mean.
+            allowed = 4 * torch.finfo(dtype).eps * (truth.abs().max() if dtype == torch.float16 else 400)
+            assert (got.double() - truth).abs().max() < allowed
+        torch.testing.assert_close(shift.double(), statistics[:, 1].double() @ w_v.double().T, rtol=1e-5, atol=1e-4)
+
     @pytest.mark.skipif(INTERPRETING, reason="70,000 programs would take the interpreter minutes")
     def test_batch_beyond_the_limit_of_other_grid_dimensions(self):
         x = torch.randn(70_000, 20, 2, device=PLACE)
         weight = torch.randn(5, 20, device=PLACE)
         config = kernels.projected_configs(20, torch.float32, kernel_target(PLACE)).qkv_projection
-        _, k, _ = kernels.qkv_projection(x, k=kernels.Projection(weight), config=config)
+        _, k, *_ = kernels.qkv_projection(x, k=kernels.Projection(weight), config=config)
         torch.testing.assert_close(k, weight @ x, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("left", "right"), [(5, 20), (70, 33), (16, 512)], ids=str)
-def test_moments(left, right):
-    """Two pairs of several maps and tiles, the last of them partial: their products, and either factor by itself."""
+def test_moments(left, right, monkeypatch):
+    """Two pairs of several maps and tiles, the last of them partial, more than splits: their products, and either factor by itself."""
+    monkeypatch.setattr(importlib.import_module("visattn.kernels.token_moments"), "MAX_SPLITS", 4)
     generator = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(3, c, 150, generator=generator).to(PLACE) for c in (left, right)] for _ in range(2)]
     config = kernels.backward_configs(32, torch.float32, kernel_target(PLACE)).token_moments

@@ -147,7 +147,7 @@ class TestWeightGradients:
         for biased, scaled in ((True, True), (False, True), (True, False)):
             sums, values = self.moments(splits, 2, qk_channels, channels), self.moments(value_splits, 1, channels, channels)
             weights = self.weights(channels, qk_channels, dtype, biased, scaled)
-            got = kernels.projected_weight_gradients(sums, values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
+            got = kernels.projection_gradients(sums, values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
             product, total, map_total = (t.double().sum(0) for t in sums)
             key = product[1] - torch.outer(total[1], map_total[0]) / 70
             moments = folding.Moments(product[0], total[0], values.product.double().sum(0)[0], values.total.double().sum(0)[0], key)
@@ -160,7 +160,7 @@ class TestWeightGradients:
         weights, sums, of_values = self.weights(40, 150, torch.float32, True, False), self.moments(3, 2, 40, 40), self.moments(3, 1, 40, 40)
         if projected:
             moments = self.moments(3, 2, 150, 40)
-            found = kernels.projected_weight_gradients(moments, of_values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
+            found = kernels.projection_gradients(moments, of_values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
         else:
             found = kernels.weight_gradients(sums, *weights, scale=0.3, config=CONFIG)
         gradients = folding.Weights(*found)

@@ -80,26 +80,17 @@ def _gradients(
     if not g.numel():
         return [d_x, *(None if t is None else torch.zeros_like(t) for t in inputs[1:])]
     d_y = d_w = d_bias = d_gamma = None
-    weight, target = w_o.flatten(1), kernel_target(g.device)
+    target = kernel_target(g.device)
     with on_device_of(g):
         tokens = kernels.readable(in_memory(g).flatten(2))
+        w_o, bias, gamma = contiguous(w_o), None if bias is None else contiguous(bias), None if gamma is None else contiguous(gamma)
+        configs = kernels.projection_configs(y.shape[1], g.dtype, target)
         if needed[1]:
-            scaled = weight if gamma is None else gamma * weight
-            config = kernels.projection_configs(tokens.shape[1], g.dtype, target).qkv_projection
-            d_y = kernels.qkv_projection(tokens, kernels.Projection(contiguous(scaled.mT)), config=config)[0]
+            d_y = kernels.output_projection_backward(tokens, w_o.flatten(1), gamma, config=configs.backward)
         if any(needed[2:]):
-            config = kernels.projection_configs(y.shape[1], g.dtype, target).token_moments
-            (d_w,), (d_bias,) = kernels.token_moments(tokens, kernels.readable(y), config=config)
-    if d_w is not None and d_bias is not None and gamma is not None:
-        d_gamma = (weight * d_w).sum()
-        if bias is not None:
-            d_gamma = d_gamma + bias.to(d_bias.dtype) @ d_bias
-        d_w, d_bias = gamma * d_w, gamma * d_bias
-    found = (d_x, d_y, d_w, d_bias, d_gamma)
-    return [
-        d.to(t.dtype).reshape(t.shape) if need and d is not None and t is not None else None
-        for d, t, need in zip(found, inputs, needed, strict=True)
-    ]
+            moments = kernels.partial_moments(tokens, kernels.readable(y), config=configs.token_moments)
+            d_w, d_bias, d_gamma = kernels.output_gradients(moments, w_o, bias, gamma, config=kernels.weight_gradients_config(target))
+    return [d if need else None for d, need in zip((d_x, d_y, d_w, d_bias, d_gamma), needed, strict=True)]
 
 
 def _differentiable_gradients(

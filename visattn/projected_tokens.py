@@ -67,9 +67,7 @@ class AttentionOnTokens(NamedTuple):
         return saved[0], saved
 
     def backward(self, d_out: Tensor, h: Tensor, tensors: Tensors, saved: Tensors, need_h: bool, need_tensors: bool) -> Tensors:
-        *projections, b_k = tensors
-        gradients = implementation().backward(d_out, h, *projections, *saved, *self, need_h, need_tensors)
-        return *gradients, None if b_k is None else torch.zeros_like(b_k)
+        return implementation().backward(d_out, h, *tensors, *saved, *self, need_h, need_tensors)
 
     def in_steps(self, h: Tensor, tensors: Tensors) -> Tensor:
         w_q, w_k, w_v, b_q, b_k = tensors

@@ -155,7 +155,7 @@ def _backward_projected(
     config = kernels.backward_configs(tokens.shape[1], tokens.dtype, target).token_moments
     sums = kernels.partial_moments(d_q, tokens, (d_k, tokens), need_right=True, config=config)
     value_sums = kernels.partial_moments(g, y, config=config)
-    return kernels.projected_weight_gradients(
+    return kernels.projection_gradients(
         sums, value_sums, *weights,
         num_tokens=tokens.shape[0] * tokens.shape[2], scale=scale, config=kernels.weight_gradients_config(target),
     )  # fmt: skip
@@ -169,5 +169,5 @@ def _projects_keys(x: Tensor, weights: Weights, target: kernels.Target) -> bool:
 def _queries_and_keys(tokens: Tensor, weights: Weights, scale: float, configs: kernels.ProjectedConfigs) -> tuple[Tensor, Tensor]:
     """`scale · log2(e) · (W_q x + b_q)` and `W_k x`, each (N, D, L)."""
     queries = kernels.Projection(weights.w_q, weights.b_q, scale * math.log2(math.e))
-    q, k, _ = kernels.qkv_projection(tokens, queries, kernels.Projection(weights.w_k), config=configs.qkv_projection)
+    q, k, *_ = kernels.qkv_projection(tokens, queries, kernels.Projection(weights.w_k), config=configs.qkv_projection)
     return q, k

@@ -22,7 +22,7 @@ from .triton_backend import statistics_of
 class _Operands(NamedTuple):
     """Of a map (N, C, L): what attention on tokens takes, the heads side by side.
 
-    q (N, E, L) times scale and log2(e), k (N, E, K) and v (N, V, K) less vectors of each map, that of v being c (N, V), contiguous.
+    q (N, E, L) times scale and log2(e), k (N, E, K) and v (N, V, K) less vectors of each map, that of v being c (N, V).
     k_index, v_index: where the maxima of windows lie among the L tokens; None where nothing is pooled, and K = L.
     """
 
@@ -45,9 +45,9 @@ def forward(
     scale: float,
     norm: GroupNorm | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(y, lse, mean)`: y (N·heads, V/heads, L) in aligned rows, lse (N·heads, L) in fp32, base 2, of the logits with these keys.
+    """`(y, lse, centre)`: y (N·heads, V/heads, L) in aligned rows, lse (N·heads, L) in fp32, base 2, of the logits with these keys.
 
-    mean (N, C) is that of h, by which keys and values are centred, or None where nobody needs it.
+    centre (N, C) in fp32 is the mean of h, which keys and values are projected less, or None where they are pooled.
     """
     maps, _, height, width = x.shape
     y = kernels.empty_aligned(x, (maps * num_heads, w_v.shape[0] // num_heads, height * width))
@@ -57,12 +57,14 @@ def forward(
     with on_device_of(x):
         tokens = kernels.readable(in_memory(x).flatten(2))
         statistics = None if norm is None else statistics_of(tokens, norm)
-        mean = tokens.mean(2) if statistics is None else statistics[:, -1].to(x.dtype)
-        operands = _operands(tokens, (height, width), mean, w_q, w_k, w_v, b_q, pool, scale, statistics)
+        centre = None
+        if pool == 1:
+            centre = tokens.mean(2, dtype=torch.float32) if statistics is None else statistics[:, -1]
+        operands = _operands(tokens, (height, width), centre, w_q, w_k, w_v, b_q, pool, scale, statistics)
         q, k, v, c = (_heads(t, num_heads) for t in operands[:4])
         config = kernels.token_configs(q.shape[1], v.shape[1], x.dtype, kernel_target(x.device)).forward
         kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
-    return y, lse, mean
+    return y, lse, centre
 
 
 def backward(
@@ -72,24 +74,24 @@ def backward(
     w_k: Tensor,
     w_v: Tensor,
     b_q: Tensor | None,
+    b_k: Tensor | None,
     y: Tensor,
     lse: Tensor,
-    mean: Tensor | None,
+    centre: Tensor | None,
     num_heads: int,
     pool: int,
     scale: float,
     need_h: bool,
     need_weights: bool,
 ) -> list[Tensor | None]:
-    """The gradients of h, w_q, w_k, w_v and b_q, each as its own where needed; y, lse, mean as `forward` gave them."""
+    """The gradients of h, w_q, w_k, w_v, b_q and b_k, each as its own where needed; y, lse, centre as `forward` gave them."""
     d_h = empty_map_like(h) if need_h else None
     if not h.numel():
-        return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q))]
+        return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q, b_k))]
     target = kernel_target(h.device)
     with on_device_of(h):
-        assert mean is not None
         tokens = kernels.readable(in_memory(h).flatten(2))
-        *operands, k_index, v_index = _operands(tokens, (h.shape[2], h.shape[3]), mean, w_q, w_k, w_v, b_q, pool, scale, None)
+        *operands, k_index, v_index = _operands(tokens, (h.shape[2], h.shape[3]), centre, w_q, w_k, w_v, b_q, pool, scale, None)
         q, k, v, c = (_heads(t, num_heads) for t in operands)
         d_q, d_k, d_v = (kernels.empty_aligned(t, t.shape) for t in (q, k, v))
         configs = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, target)
@@ -99,28 +101,27 @@ def backward(
             d_k, d_v = (_unpooled(d, index, tokens) for d, index in ((d_k, k_index), (d_v, v_index)))
 
         of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
+        w_q, w_k, w_v = (contiguous(w) for w in (w_q, w_k, w_v))
         if d_h is not None:
-            weights = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
             d_tokens = kernels.writable(d_h.flatten(2))
-            kernels.qkv_projection_backward(d_q, d_k, d_v, *weights, d_tokens, config=of_projections.backward)
+            kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_tokens, config=of_projections.backward)
             deliver(d_tokens, d_h)
         if not need_weights:
-            return [d_h, None, None, None, None]
-        (query, key), (query_total, key_total) = kernels.token_moments(d_q, tokens, (d_k, tokens), config=of_projections.token_moments)
-        (value,), (value_total,) = kernels.token_moments(d_v, tokens, config=of_projections.token_moments)
-        y_total = d_y.unflatten(0, (len(h), num_heads)).sum((0, 3), dtype=torch.float32).flatten()
-    # Σ dk_i is zero and Σ dv_i is Σ dy_i but for rounding, which is kept from multiplying the mean of the map.
-    average = mean.mean(0, dtype=torch.float32)
-    key = torch.addr(key, key_total, average, alpha=-1)
-    value = torch.addr(value, value_total - y_total, average, alpha=-1)
-    gradients = [g.to(w.dtype).view_as(w) for g, w in ((query, w_q), (key, w_k), (value, w_v))]
-    return [d_h, *gradients, None if b_q is None else query_total.to(b_q.dtype)]
+            return [d_h, *(None,) * 5]
+        moments = kernels.partial_moments(d_q, tokens, (d_k, tokens), need_right=True, config=of_projections.token_moments)
+        value_moments = kernels.partial_moments(d_v, tokens, config=of_projections.token_moments)
+        y_total = d_y.unflatten(0, (len(h), num_heads)).sum((0, 3), dtype=torch.float32)
+        d_w_q, d_b_q, d_w_k, d_b_k, d_w_v, *_ = kernels.projection_gradients(
+            moments, value_moments, w_q, b_q, w_k, b_k, w_v, None, None, y_total,
+            num_tokens=tokens.shape[0] * tokens.shape[2], scale=1.0, config=kernels.weight_gradients_config(target),
+        )  # fmt: skip
+    return [d_h, d_w_q, d_w_k, d_w_v, d_b_q, d_b_k]
 
 
 def _operands(
     tokens: Tensor,
     size: tuple[int, int],
-    mean: Tensor,
+    centre: Tensor | None,
     w_q: Tensor,
     w_k: Tensor,
     w_v: Tensor,
@@ -129,25 +130,21 @@ def _operands(
     scale: float,
     statistics: Tensor | None,
 ) -> _Operands:
-    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; mean (N, C) is that of either."""
+    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; centre as `forward` returns it."""
     w_q, w_k, w_v = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
     queries = kernels.Projection(w_q, None if b_q is None else contiguous(b_q), scale * math.log2(math.e))
     config = kernels.projection_configs(tokens.shape[1], tokens.dtype, kernel_target(tokens.device)).qkv_projection
-    if pool == 1:
-        k_mean, v_mean = (contiguous(mean @ w.mT) for w in (w_k, w_v))  # of maps in strange strides they need not be
-        keys, values = kernels.Projection(w_k, -k_mean), kernels.Projection(w_v, -v_mean)
-        q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
-        return _Operands(q, k, v, v_mean, None, None)
     keys, values = kernels.Projection(w_k), kernels.Projection(w_v)
-    q, k, v = _present(kernels.qkv_projection(tokens, queries, keys, values, statistics, config=config))
+    q, k, v, c = kernels.qkv_projection(tokens, queries, keys, values, statistics, centre, config=config)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    if c is not None:
+        return _Operands(q, k, v, c, None, None)
     (k, k_index), (v, v_index) = ([t.flatten(2) for t in max_pool2d(m.unflatten(2, size), pool, return_indices=True)] for m in (k, v))
     k_mean, v_mean = (t.mean(2, keepdim=True) for t in (k, v))  # that of maxima is not that of what they were chosen from
     k, v = (torch.sub(t, t_mean, out=kernels.empty_aligned(t, t.shape)) for t, t_mean in ((k, k_mean), (v, v_mean)))
     return _Operands(q, k, v, contiguous(v_mean[:, :, 0]), k_index, v_index)
-
-
-def _present(projections: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    return tuple(t for t in projections if t is not None)
 
 
 def _unpooled(d: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
