@@ -191,7 +191,7 @@ def layer_launches(
         if splits > 1:
             kernels.split_attention_forward(x, w_q, b_q, w_k, y, lse, scale=0.125, splits=splits, keys_per_split=keys, config=forward)
             output = kernels.projection_configs(channels, dtype, target).qkv_projection
-            kernels.output_projection(y, w_v, b_v, gamma, x, out, residual=True, factor=None, config=output)
+            kernels.output_projection(y, w_v, None, b_v, gamma, x, out, residual=True, factor=None, config=output)
         else:
             kernels.attention_forward(x, w_q, b_q, w_k, w_v, b_v, gamma, out, y, lse, scale=0.125, residual=True, config=forward)
         operands = (x, d_out, w_q, b_q, w_k, w_v, gamma, y, lse, d_x)
@@ -272,10 +272,11 @@ def projection_launches(
         kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_x, config=configs.backward)
         if max(channels, value_channels) <= kernels.FUSED_CHANNELS:
             of_output = kernels.projection_configs(value_channels, dtype, target)
-            w_o, b_o, gamma = empty(channels, value_channels), empty(channels), empty(1)
-            kernels.output_projection(d_v, w_o, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_output.qkv_projection)
+            w_o, b_v, b_o, gamma = empty(channels, value_channels), empty(value_channels), empty(channels), empty(1)
+            kernels.output_projection(d_v, w_o, b_v, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_output.qkv_projection)
             kernels.output_projection_backward(x, w_o, gamma, config=of_output.backward)
-            kernels.output_gradients(kernels.partial_moments(x, d_v, config=of_output.token_moments), w_o, b_o, gamma, config=of_weights)
+            sums = kernels.partial_moments(x, d_v, config=of_output.token_moments)
+            kernels.output_gradients(sums, w_o, b_v, b_o, gamma, config=of_weights)
         sums = kernels.partial_moments(d_q, x, (d_k, x), need_right=True, config=configs.token_moments)
         value_sums = kernels.partial_moments(d_v, x, config=configs.token_moments)
         kernels.projection_gradients(

@@ -13,7 +13,7 @@ from .primitives import gradient_of_y, load_tile, locate, store_output, store_ti
 @triton.jit
 def output_projection_kernel(
     y_ptr, stride_yn, stride_yc, stride_yl,
-    w_ptr, b_ptr, gamma_ptr,
+    w_ptr, b_y_ptr, b_ptr, gamma_ptr,
     x_ptr, stride_xn, stride_xc, stride_xl,
     out_ptr, stride_on, stride_oc, stride_ol,
     num_tokens, factor,
@@ -21,10 +21,10 @@ def output_projection_kernel(
     BLOCK_L: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes `factor · (x + γ (W y + b))` of BLOCK_L tokens of one map, rounded once.
+    """One program computes `factor · (x + γ (W (y + b_y) + b))` of BLOCK_L tokens of one map, rounded once.
 
-    y_ptr (N, V, L); w_ptr (C, V); b_ptr (C) or None; gamma_ptr (1) or None; x_ptr, out_ptr (N, C, L), x only with RESIDUAL; factor a
-    number or None.
+    y_ptr (N, V, L); w_ptr (C, V); b_y_ptr (V), b_ptr (C) and gamma_ptr (1), each or None; x_ptr, out_ptr (N, C, L), x only with RESIDUAL;
+    factor a number or None.
     """
     n, tile = locate(tl.cdiv(num_tokens, BLOCK_L))
     offs_v = tl.arange(0, BLOCK_V)
@@ -33,13 +33,14 @@ def output_projection_kernel(
     store_output(
         tl.trans(y), None, 0, 0, w_ptr, b_ptr, gamma_ptr, x_ptr + n * stride_xn, stride_xc, stride_xl,
         out_ptr + n * stride_on, stride_oc, stride_ol, offs_v, offs_l, num_tokens,
-        C, V, RESIDUAL, BLOCK_V, BLOCK_R, INPUT_PRECISION, factor,
+        C, V, RESIDUAL, BLOCK_V, BLOCK_R, INPUT_PRECISION, factor, b_y_ptr,
     )  # fmt: skip
 
 
 def output_projection(
     y: torch.Tensor,
     weight: torch.Tensor,
+    b_y: torch.Tensor | None,
     bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
     x: torch.Tensor,
@@ -49,12 +50,12 @@ def output_projection(
     factor: float | None,
     config: LaunchConfig,
 ) -> None:
-    """Fills `out` (N, C, L) from y (N, V, L) and x (N, C, L), any strides; weight (C, V), bias (C), gamma one element, contiguous."""
+    """Fills `out` (N, C, L) from y (N, V, L) and x (N, C, L), any strides; weight (C, V), b_y (V), bias (C), gamma (1), contiguous."""
     num_maps, value_channels, num_tokens = y.shape
     launch(
         output_projection_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         y, *y.stride(),
-        weight, bias, gamma,
+        weight, b_y, bias, gamma,
         x, *x.stride(),
         out, *out.stride(),
         num_tokens, factor,

@@ -215,12 +215,12 @@ def store_output(
     y, y_ptr, stride_yc, stride_yl, w_v_ptr, b_v_ptr, gamma_ptr, x_ptr, stride_xc, stride_xl,
     out_ptr, stride_oc, stride_ol, offs_cv, offs_m, num_tokens,
     C: tl.constexpr, C_V: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr, factor=None,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, INPUT_PRECISION: tl.constexpr, factor=None, b_y_ptr=None,
 ):  # fmt: skip
-    """Writes `x + γ (W_v y + b_v)`, times factor if there is one, of a tile of tokens to out_ptr (C, num_tokens), x only with RESIDUAL.
+    """Writes `x + γ (W_v (y + b_y) + b_v)`, times factor if there is one, of a tile of tokens to out_ptr (C, num_tokens), x with RESIDUAL.
 
     y (BLOCK_M, BLOCK_CV), or, where that is wider than BLOCK_K, in y_ptr (C_V, num_tokens); w_v_ptr (C, C_V); b_v_ptr (C) or
-    None; gamma_ptr (1) or None; x_ptr (C, num_tokens).
+    None; gamma_ptr (1) or None; x_ptr (C, num_tokens); b_y_ptr (C_V), where y is not in memory, or None.
     """
     gamma = 1.0
     if gamma_ptr is not None:
@@ -232,7 +232,11 @@ def store_output(
                 w_v_ptr, 1, C_V, offs_r, C, y_ptr, stride_yc, stride_yl, offs_m, num_tokens, C_V, BLOCK_K, INPUT_PRECISION
             )
         else:
-            branch = tl.dot(load_rows(w_v_ptr, offs_r, offs_cv, C, C_V), tl.trans(y), input_precision=INPUT_PRECISION)
+            w_v = load_rows(w_v_ptr, offs_r, offs_cv, C, C_V)
+            branch = tl.dot(w_v, tl.trans(y), input_precision=INPUT_PRECISION)
+            if b_y_ptr is not None:
+                b_y = tl.load(b_y_ptr + offs_cv, mask=offs_cv < C_V, other=0.0).to(tl.float32)
+                branch += tl.sum(w_v.to(tl.float32) * b_y[None, :], 1)[:, None]
         if b_v_ptr is not None:
             branch += tl.load(b_v_ptr + offs_r, mask=offs_r < C, other=0.0).to(tl.float32)[:, None]
         branch *= gamma

@@ -3,7 +3,8 @@
 With h the map that is projected, h̄ its mean over the tokens of all maps, dq the gradient of `W_q h + b_q` by `scale`, and dk and dv those
 of `W_k h` and `W_v h`: `dW_q = scale · Σ dq_i h_iᵀ`, `db_q = scale · Σ dq_i`, `dW_k = Σ dk_i (h_i - h̄)ᵀ`, since Σ dk_i is zero but for
 rounding, which h̄ is kept from multiplying, and `dW_v = Σ dv_i h_iᵀ - (Σ dv_i - Σ dy_i) h̄ᵀ`, since Σ dv_i is Σ dy_i but for rounding.
-Where values are the map itself, `out = x + γ (W_v y + b_v)`, and `dW_v = γ Σ g_i y_iᵀ` as in weight_gradients.py, and so it is for W_o.
+Where values are the map itself, `out = x + γ (W_v y + b_v)`, and `dW_v = γ Σ g_i y_iᵀ` as in weight_gradients.py, and so it is for W_o
+in `γ (W_o (y + b_v) + b_o)`, y + b_v in the place of y.
 """
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 
 from .launch_config import LaunchConfig, num_tiles
 from .launching import launch
+from .primitives import load_rows
 from .token_moments import PartialMoments
 from .weight_gradients import added_up, store_value_gradients, sum_of_rows, sum_of_splits
 
@@ -126,38 +128,59 @@ def projection_gradients(
 
 @triton.jit(do_not_specialize=["splits"])
 def output_gradients_kernel(
-    product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, splits,
+    product_ptr, total_ptr, w_ptr, b_y_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_y_ptr, d_b_ptr, d_gamma_ptr, splits,
     C: tl.constexpr, V: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program computes a tile of the gradient of W_o, and that of the bias beside the first of its rows.
+    """One program computes a tile of the gradient of W_o, and that of b beside the first of its rows, or BLOCK_K numbers of that of b_y.
 
-    product_ptr (splits, C, V) and total_ptr (splits, C), fp32: parts of `Σ g_i y_iᵀ` and `Σ g_i`; w_ptr, d_w_ptr (C, V); b_ptr, d_b_ptr (C)
-    or None; gamma_ptr (1) or None; d_gamma_ptr, fp32, one number of each program, to be added up, or None.
+    product_ptr (splits, C, V) and total_ptr (splits, C), fp32: parts of `Σ g_i y_iᵀ` and `Σ g_i`; w_ptr, d_w_ptr (C, V); b_y_ptr,
+    d_b_y_ptr (V) or None; b_ptr, d_b_ptr (C) or None; gamma_ptr (1) or None; d_gamma_ptr, fp32, one number of each tile of W_o, to be
+    added up, or None.
     """
-    store_value_gradients(
-        product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, tl.program_id(0), splits,
-        C, V, 1, BLOCK_J, BLOCK_K, BLOCK_S,
-    )  # fmt: skip
+    tiles: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J * ((V + BLOCK_K - 1) // BLOCK_K)
+    pid = tl.program_id(0)
+    if pid < tiles:
+        store_value_gradients(
+            product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, pid, splits,
+            C, V, 1, BLOCK_J, BLOCK_K, BLOCK_S, b_y_ptr,
+        )  # fmt: skip
+    else:  # there are such programs where there is b_y
+        offs_v = (pid - tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+        d_b_y = tl.zeros((BLOCK_K,), tl.float32)
+        for start_c in tl.range(0, C, BLOCK_J, num_stages=1):
+            offs_c = start_c + tl.arange(0, BLOCK_J)
+            total = sum_of_rows(total_ptr, offs_c, C, splits, C, BLOCK_S)
+            d_b_y += tl.sum(load_rows(w_ptr, offs_c, offs_v, C, V).to(tl.float32) * total[:, None], 0)
+        if gamma_ptr is not None:
+            d_b_y *= tl.load(gamma_ptr).to(tl.float32)
+        tl.store(d_b_y_ptr + offs_v, d_b_y.to(d_b_y_ptr.dtype.element_ty), mask=offs_v < V)
 
 
 def output_gradients(
-    moments: PartialMoments, w: torch.Tensor, b: torch.Tensor | None, gamma: torch.Tensor | None, *, config: LaunchConfig
+    moments: PartialMoments,
+    w: torch.Tensor,
+    b_y: torch.Tensor | None,
+    b: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    *,
+    config: LaunchConfig,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of w (C, V), b (C) and gamma in `γ (W y + b)`, each in its own dtype and shape, None where there is no such weight.
+    """The gradients of w (C, V), b_y (V), b (C) and gamma in `γ (W (y + b_y) + b)`, each in its own dtype and shape, None where absent.
 
-    moments: those of the gradient of the sum with y. w, also that of a 1×1 convolution, and b are contiguous.
+    moments: those of the gradient of the sum with y. w, also that of a 1×1 convolution, and the biases are contiguous.
     """
     channels, value_channels = w.shape[:2]
-    d_w, d_b = (None if t is None else torch.empty_like(t) for t in (w, b))
-    programs = num_tiles(channels, config.block_n) * num_tiles(value_channels, config.block_k)
-    d_gamma = None if gamma is None else moments.product.new_empty(programs)
+    d_w, d_b_y, d_b = (None if t is None else torch.empty_like(t) for t in (w, b_y, b))
+    parts = num_tiles(value_channels, config.block_k)
+    tiles = num_tiles(channels, config.block_n) * parts
+    d_gamma = None if gamma is None else moments.product.new_empty(tiles)
     launch(
-        output_gradients_kernel, programs,
+        output_gradients_kernel, tiles if b_y is None else tiles + parts,
         moments.product, moments.total,
-        w, b, gamma,
-        d_w, d_b, d_gamma,
+        w, b_y, b, gamma,
+        d_w, d_b_y, d_b, d_gamma,
         len(moments.product),
         C=channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
         **config.options,
     )  # fmt: skip
-    return d_w, d_b, added_up(d_gamma, gamma)
+    return d_w, d_b_y, d_b, added_up(d_gamma, gamma)

@@ -53,11 +53,12 @@ def weight_times_sums(
 def store_value_gradients(
     product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, tile, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    b_y_ptr=None,
 ):  # fmt: skip
-    """A tile (BLOCK_J, BLOCK_K) of the gradient of the weight in `γ (W y + b)`, that of b beside the first, and what it adds to dγ.
+    """A tile (BLOCK_J, BLOCK_K) of the gradient of the weight in `γ (W (y + b_y) + b)`, b's beside the first, and what it adds to dγ.
 
     product_ptr, total_ptr: V and v, the first of PAIRS in each split; w_ptr, d_w_ptr (ROWS, COLUMNS); b_ptr, d_b_ptr (ROWS) or None;
-    gamma_ptr (1) or None; d_gamma_ptr: a number of each tile.
+    gamma_ptr (1) or None; d_gamma_ptr: a number of each tile; b_y_ptr (COLUMNS) or None.
     """
     parts: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     offs_j, offs_k = tile // parts * BLOCK_J + tl.arange(0, BLOCK_J), tile % parts * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -65,6 +66,9 @@ def store_value_gradients(
     inside = inside_j[:, None] & (offs_k < COLUMNS)[None, :]
     offsets = offs_j[:, None] * COLUMNS + offs_k[None, :]
     v = sum_of_splits(product_ptr, offsets, inside, splits, PAIRS * ROWS * COLUMNS, BLOCK_S)
+    if b_y_ptr is not None:
+        b_y = tl.load(b_y_ptr + offs_k, mask=offs_k < COLUMNS, other=0.0).to(tl.float32)
+        v += sum_of_rows(total_ptr, offs_j, ROWS, splits, PAIRS * ROWS, BLOCK_S)[:, None] * b_y[None, :]
     gamma = 1.0
     d_gamma = 0.0
     if gamma_ptr is not None:

@@ -17,10 +17,11 @@ pytest.importorskip("triton", reason="launches are Triton's")
 if INTERPRETING:
     pytest.skip("the interpreter replaces launches", allow_module_level=True)
 
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from bench import host, host_parts
-from visattn import autograd, device, kernels
+from visattn import SelfAttention2d, autograd, device, kernels, projected_output, triton_backend, triton_projected_tokens
 
 launch_config = kernels.launch_config
 
@@ -62,6 +63,23 @@ def run_step(case: host_parts.Case, mode: str) -> list[str]:
 
 
 SMALL = [case for case in host_parts.CASES if case.shape[0] == 2 and (is_one_tile(case) or not is_folded(case))]
+
+
+class Operations(TorchDispatchMode):
+    """Lists PyTorch's operations, but for allocations and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and "empty" not in name and name not in ("_unsafe_view", "unbind"):
+            self.started.append(name)
+        return result
+
+
 small = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 modes = pytest.mark.parametrize("mode", host_parts.MODES)
 
@@ -161,6 +179,28 @@ class TestShortPath:
         monkeypatch.setattr(torch.library, "wrap_triton", refuse)
         monkeypatch.setattr(torch.library, "triton_op", refuse)
         assert run_step(case, mode) == expected_launches(case, mode)
+
+    @pytest.mark.parametrize(
+        ("options", "forward", "backward"),
+        [
+            ({"num_heads": 4, "norm_groups": 8, "out_proj": True, "res_scale": 0.5}, 5, 15),
+            ({"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 24),
+            ({"qk_channels": 8, "gamma": 0.5}, 2, 9),
+        ],
+        ids=["heads", "pooled", "thin queries"],
+    )
+    def test_launches_and_operations(self, options, forward, backward, monkeypatch):
+        """On a map of several tiles in half precision, where each conversion would be a launch as well."""
+        for module in (triton_backend, triton_projected_tokens, projected_output):
+            monkeypatch.setattr(module, "kernel_target", host_parts._hopper)
+        layer = SelfAttention2d(64, **options).half()
+        x = torch.zeros(2, 64, 16, 16, dtype=torch.half, requires_grad=True)
+        with host_parts.stubbed_launches(lambda kernel, *_, **__: counts.started.append(kernel.__name__)), Operations() as counts:
+            out = layer(x)
+            assert len(counts.started) == forward, counts.started
+            d_out, counts.started[:] = torch.zeros_like(out), []
+            torch.autograd.grad(out, [x, *layer.parameters()], d_out)
+            assert len(counts.started) == backward, counts.started
 
     def test_no_file_wraps_launches(self):
         root = Path(__file__).resolve().parent.parent

@@ -92,7 +92,7 @@ def folded_values(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor 
         return weights.w_v, weights.b_v
     wide = torch.promote_types(dtype, torch.float32)
     w_o, w_v = (w.to(wide).flatten(1) for w in (weights.w_o, weights.w_v))
-    return (w_o @ w_v).to(dtype), output_bias(weights, dtype)
+    return (w_o @ w_v).to(dtype), output_bias(weights.w_o, weights.b_v, weights.b_o, dtype)
 
 
 def queries_keys_values(h: Tensor, weights: Weights, num_heads: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def branch_of(y: Tensor, weights: Weights, num_heads: int, shape: torch.Size) ->
     """`γ (W_o (y + b_v) + b_o)` as a map of `shape` (N, C, H, W), for y (N·heads, V/heads, L)."""
     maps, _, height, width = shape
     y = y.reshape(maps, y.shape[1] * num_heads, height, width)
-    return projected_branch(y, weights.w_o, output_bias(weights, y.dtype), weights.gamma)
+    return projected_branch(y, weights.w_o, output_bias(weights.w_o, weights.b_v, weights.b_o, y.dtype), weights.gamma)
 
 
 def projected_branch(y: Tensor, w_o: Tensor | None, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
@@ -124,9 +124,8 @@ def projected_branch(y: Tensor, w_o: Tensor | None, bias: Tensor | None, gamma: 
     return _projected(y, w_o, bias)
 
 
-def output_bias(weights: Weights, dtype: torch.dtype) -> Tensor | None:
+def output_bias(w_o: Tensor | None, b_v: Tensor | None, b_o: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to dtype; without W_o b_v."""
-    b_v, w_o, b_o = weights.b_v, weights.w_o, weights.b_o
     if w_o is None or b_v is None:
         return b_v if w_o is None else b_o
     wide = torch.promote_types(dtype, torch.float32)

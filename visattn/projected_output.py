@@ -15,8 +15,7 @@ def joined(x: Tensor, y: Tensor, weights: block.Weights, num_heads: int, residua
     """A map like x (N, C, H, W), for y (N·heads, V/heads, L) without b_v."""
     if backend == "triton" and not is_looked_at() and _projects(x, weights):
         y = y.reshape(len(x), y.shape[1] * num_heads, y.shape[2])
-        bias = block.output_bias(weights, y.dtype)
-        return ProjectedOutput.apply(x, y, weights.w_o, bias, weights.gamma, residual, res_scale)
+        return ProjectedOutput.apply(x, y, weights.w_o, weights.b_v, weights.b_o, weights.gamma, residual, res_scale)
     return block.joined(x, block.branch_of(y, weights, num_heads, x.shape), residual, res_scale)
 
 
@@ -29,11 +28,19 @@ def _projects(x: Tensor, weights: block.Weights) -> bool:
 
 
 class ProjectedOutput(torch.autograd.Function):
-    """(x, y (N, V, L), w_o, bias, gamma, residual, res_scale) → out, a map like x, on the kernels."""
+    """(x, y (N, V, L), w_o, b_v, b_o, gamma, residual, res_scale) → out, a map like x, on the kernels."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, w_o: Tensor, bias: Tensor | None, gamma: Tensor | None, residual: bool, res_scale: float
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        w_o: Tensor,
+        b_v: Tensor | None,
+        b_o: Tensor | None,
+        gamma: Tensor | None,
+        residual: bool,
+        res_scale: float,
     ) -> Tensor:
         from . import kernels
 
@@ -42,22 +49,22 @@ class ProjectedOutput(torch.autograd.Function):
             config = kernels.projection_configs(y.shape[1], x.dtype, kernel_target(x.device)).qkv_projection
             with on_device_of(x):
                 written = kernels.writable(out.flatten(2))
-                weight, b, g = (None if t is None else contiguous(t) for t in (w_o.flatten(1), bias, gamma))
+                weights = (None if t is None else contiguous(t) for t in (w_o.flatten(1), b_v, b_o, gamma))
                 kernels.output_projection(
-                    kernels.readable(y), weight, b, g, kernels.readable(in_memory(x).flatten(2)), written,
+                    kernels.readable(y), *weights, kernels.readable(in_memory(x).flatten(2)), written,
                     residual=residual, factor=None if res_scale == 1.0 else res_scale, config=config,
                 )  # fmt: skip
                 deliver(written, out)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, y, w_o, bias, gamma)
+        ctx.save_for_backward(x, y, w_o, b_v, b_o, gamma)
         ctx.settings = residual, res_scale
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None) -> tuple:
         if d_out is None:
-            return (None,) * 7
-        needed = ctx.needs_input_grad[:5]
+            return (None,) * 8
+        needed = ctx.needs_input_grad[:6]
         with without_autocast(d_out):
             if torch.is_grad_enabled() or transforms_are_active():
                 gradients = _differentiable_gradients(d_out, ctx.saved_tensors, needed, *ctx.settings)
@@ -72,25 +79,25 @@ def _gradients(
     """One for each input, None where not needed."""
     from . import kernels
 
-    _, y, w_o, bias, gamma = inputs
+    _, y, *weights = inputs
     assert y is not None
-    assert w_o is not None
     g = d_out if res_scale == 1.0 else res_scale * d_out
     d_x = g if residual else None
     if not g.numel():
         return [d_x, *(None if t is None else torch.zeros_like(t) for t in inputs[1:])]
-    d_y = d_w = d_bias = d_gamma = None
+    d_y, d_weights = None, (None,) * len(weights)
     target = kernel_target(g.device)
     with on_device_of(g):
         tokens = kernels.readable(in_memory(g).flatten(2))
-        w_o, bias, gamma = contiguous(w_o), None if bias is None else contiguous(bias), None if gamma is None else contiguous(gamma)
+        w_o, b_v, b_o, gamma = (None if w is None else contiguous(w) for w in weights)
+        assert w_o is not None
         configs = kernels.projection_configs(y.shape[1], g.dtype, target)
         if needed[1]:
             d_y = kernels.output_projection_backward(tokens, w_o.flatten(1), gamma, config=configs.backward)
         if any(needed[2:]):
             moments = kernels.partial_moments(tokens, kernels.readable(y), config=configs.token_moments)
-            d_w, d_bias, d_gamma = kernels.output_gradients(moments, w_o, bias, gamma, config=kernels.weight_gradients_config(target))
-    return [d if need else None for d, need in zip((d_x, d_y, d_w, d_bias, d_gamma), needed, strict=True)]
+            d_weights = kernels.output_gradients(moments, w_o, b_v, b_o, gamma, config=kernels.weight_gradients_config(target))
+    return [d if need else None for d, need in zip((d_x, d_y, *d_weights), needed, strict=True)]
 
 
 def _differentiable_gradients(
@@ -99,8 +106,8 @@ def _differentiable_gradients(
     """The same with a graph behind them."""
 
     def steps(views: list[Tensor]) -> Tensor:
-        x, y, w_o, bias, gamma = views
-        branch = block.projected_branch(y.unflatten(2, x.shape[2:]), w_o, bias, gamma)
+        x, y, w_o, b_v, b_o, gamma = views
+        branch = block.projected_branch(y.unflatten(2, x.shape[2:]), w_o, block.output_bias(w_o, b_v, b_o, y.dtype), gamma)
         return block.joined(x, branch, residual, res_scale)
 
     need_x, *need_others = needed

@@ -85,7 +85,7 @@ def _forward_in_splits(
         tokens, w_q, b_q, w_k, y, lse, statistics, scale=scale, splits=splits, keys_per_split=keys_per_split, config=config
     )
     output = kernels.projection_configs(tokens.shape[1], tokens.dtype, target).qkv_projection
-    kernels.output_projection(y, w_v, b_v, gamma, tokens, written, residual=residual, factor=None, config=output)
+    kernels.output_projection(y, w_v, None, b_v, gamma, tokens, written, residual=residual, factor=None, config=output)
 
 
 def backward(
