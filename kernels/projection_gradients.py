@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, num_tiles
+from .launch_config import LaunchConfig, block_channels, num_tiles
 from .launching import launch
 from .primitives import load_rows
 from .token_moments import PartialMoments
@@ -112,7 +112,8 @@ def projection_gradients(
     (qk_channels, channels), value_channels = w_q.shape[:2], w_v.shape[0]
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
     tiles = num_tiles(qk_channels, config.block_n) * num_tiles(channels, config.block_n)
-    value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, config.block_k if y_total is None else config.block_n)
+    block_k = min(config.block_k, block_channels(channels))
+    value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, block_k if y_total is None else config.block_n)
     d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
         projection_gradients_kernel, 2 * tiles + value_tiles,
@@ -120,7 +121,7 @@ def projection_gradients(
         w_v, b_v, gamma,
         *gradients, d_gamma,
         len(moments.product), len(value_moments.product), scale, 1 / num_tokens,
-        C=channels, D=qk_channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
+        C=channels, D=qk_channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
         **config.options,
     )  # fmt: skip
     return *gradients, added_up(d_gamma, gamma)
@@ -171,7 +172,8 @@ def output_gradients(
     """
     channels, value_channels = w.shape[:2]
     d_w, d_b_y, d_b = (None if t is None else torch.empty_like(t) for t in (w, b_y, b))
-    parts = num_tiles(value_channels, config.block_k)
+    block_k = min(config.block_k, block_channels(value_channels))
+    parts = num_tiles(value_channels, block_k)
     tiles = num_tiles(channels, config.block_n) * parts
     d_gamma = None if gamma is None else moments.product.new_empty(tiles)
     launch(
@@ -180,7 +182,7 @@ def output_gradients(
         w, b_y, b, gamma,
         d_w, d_b_y, d_b, d_gamma,
         len(moments.product),
-        C=channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
+        C=channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
         **config.options,
     )  # fmt: skip
     return d_w, d_b_y, d_b, added_up(d_gamma, gamma)

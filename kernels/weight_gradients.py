@@ -152,7 +152,8 @@ def weight_gradients(
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
     qk_channels, channels = w_q.shape[:2]
     block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
-    value_tiles = parts * num_tiles(channels, config.block_k)
+    block_k = min(config.block_k, block_channels(channels))
+    value_tiles = parts * num_tiles(channels, block_k)
     d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
         weight_gradients_kernel, 2 * num_tiles(qk_channels, block_r) * parts + value_tiles,
@@ -160,7 +161,7 @@ def weight_gradients(
         w_q, b_q, w_k, w_v, b_v, gamma,
         *gradients, d_gamma,
         len(moments.product), scale,
-        C=channels, D=qk_channels, BLOCK_R=block_r, BLOCK_J=config.block_n, BLOCK_K=config.block_k, BLOCK_S=config.block_d,
+        C=channels, D=qk_channels, BLOCK_R=block_r, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return *gradients, added_up(d_gamma, gamma)
