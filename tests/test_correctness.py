@@ -44,6 +44,9 @@ def test_one_channel(dtype, backend, place):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_branch_and_gradients(shape, dtype, regime, backend, place):
     skip_unsupported(backend, dtype)
+    channels = shape[1]
+    if backend == "triton" and INTERPRETING and dtype == torch.float32 and channels >= 200 and (regime == "peaked") != (channels == 256):
+        pytest.skip("takes the interpreter half a minute; 200 channels are judged in one regime, 256 in the other")
     assert_correct(make_problems(shape, dtype, regime=regime), backend, place)
 
 
@@ -69,7 +72,8 @@ def test_many_tokens(shape, dtype, backend, place):
 
 @pytest.mark.parametrize("qk_channels", [1, 4, 8, 12, 16, 64, 100])
 def test_queries_of_any_width(qk_channels, backend, place):
-    assert_correct(make_problems((2, 32, 5, 13), qk_channels=qk_channels, regime="peaked"), backend, place)
+    width = 9 if backend == "torch" else 13  # more pixels than a tile, which the kernels would fold
+    assert_correct(make_problems((2, 32, 5, width), qk_channels=qk_channels, regime="peaked"), backend, place)
 
 
 @pytest.mark.parametrize(

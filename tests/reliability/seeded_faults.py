@@ -261,7 +261,7 @@ LAUNCHERS = [
     Mutant("keys on tokens with their mean", "visattn/triton_token_attention.py", "k - k.mean(2, keepdim=True)", "k",
            TOKENS + "::TestKernels::test_lse_is_that_of_the_logits_with_centred_keys", True),
     in_interpreter("gradient of W_k meets the mean of the map", "projection_gradients",
-                   "residue = sum_of_rows(", "residue = 0 * sum_of_rows(", KEYS + "[triton-(1, 24, 6, 11)-4"),
+                   "residue = sum_of_rows(", "residue = 0 * sum_of_rows(", KEYS + "[triton-(1, 24, 6, 11)-4-torch.float32]"),
     in_interpreter("what rounding leaves of Σ dk, or of Σ dv, meets the map", "projection_gradients",
                    "d_w - residue[:, None] * mean[None, :]", "d_w",
                    PROJECTED + "::test_rounding_of_the_keys_gradient_does_not_meet_a_large_mean"),
