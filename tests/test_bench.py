@@ -119,6 +119,8 @@ def test_floor_is_the_longest_of_three():
     assert slow_exp.floor(replace(case, mode="training")) == pytest.approx(2e6 * 64 * 1024**2 / 1e8)
     with_tensor_cores = floors.Ceilings({"float32": 67e12, "tf32": 400e12, "bfloat16": 790e12}, 4e12, None)
     assert with_tensor_cores.floor(case) == pytest.approx(1e6 * products * 1e12 / (400e12 / 3))
+    emulated = replace(CEILINGS, flops={"float32": 1e12, "bfloat16": 5e10})  # 16 bits at a twentieth of the rate of fp32
+    assert emulated.floor(replace(case, dtype="bfloat16")) == CEILINGS.floor(case)
 
 
 def test_quantiles():
