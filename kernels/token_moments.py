@@ -85,7 +85,10 @@ def partial_moments(
     need_right: bool = False,
     config: LaunchConfig,
 ) -> PartialMoments:
-    """The sums of left (N, A, L) and right (N, C, L), and of `second`, another pair of the same shapes, in the same launch."""
+    """The sums of left (N, A, L) and right (N, C, L), and of `second`, another pair of the same shapes, in the same launch.
+
+    Those of right by itself with `need_right`.
+    """
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
     pairs = 1 if second is None else 2
