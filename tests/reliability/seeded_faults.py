@@ -68,7 +68,7 @@ KERNELS = [
                    "(pid // tiles_per_map).to(tl.int64)", "(pid // tiles_per_map)",
                    "tests/test_offsets.py::test_are_those_of_python"),
     in_interpreter("γ twice", "primitives", "        branch *= gamma\n", "        branch *= gamma * gamma\n",
-                   "tests/test_correctness.py::test_optional_parameters[triton-True-True-None]"),
+                   "tests/test_correctness.py::test_optional_parameters[triton-True-True-11-None]"),
     in_interpreter("weights of the last channels of a step left out", "primitives",
                    "offs_k, offs_a, C, num_a, a_norm_ptr)", "offs_k, offs_a, C - 1, num_a, a_norm_ptr)",
                    BRANCH + PLAIN),
