@@ -244,7 +244,7 @@ SINGLE_TILES = pytest.mark.parametrize(
 @pytest.mark.parametrize("channels_last", [False, True], ids=["NCHW", "channels_last"])
 @SINGLE_TILES
 def test_every_configuration_of_maps_of_one_tile_with_narrow_queries(name, precision, channels, channels_last):
-    for divisor in (8, 2):
+    for divisor in (8, 2):  # of 64 tokens: on odd maps of 64 channels in 16 bits the forward kernel spills 40 bytes outside of its loop
         check(name, precision, channels, channels // divisor, tokens=64, channels_last=channels_last, kernels=SINGLE_TILE_KERNELS)
 
 
