@@ -54,6 +54,7 @@ def forward(
     lse = x.new_empty((maps * num_heads, height * width), dtype=torch.float32)
     if not maps:
         return y, lse, None
+    w_q, w_k, w_v = (contiguous(w) for w in (w_q, w_k, w_v))
     with on_device_of(x):
         tokens = kernels.readable(in_memory(x).flatten(2))
         statistics = None if norm is None else statistics_of(tokens, norm)
@@ -89,6 +90,7 @@ def backward(
     if not h.numel():
         return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q, b_k))]
     target = kernel_target(h.device)
+    w_q, w_k, w_v = (contiguous(w) for w in (w_q, w_k, w_v))
     with on_device_of(h):
         tokens = kernels.readable(in_memory(h).flatten(2))
         *operands, k_index, v_index = _operands(tokens, (h.shape[2], h.shape[3]), centre, w_q, w_k, w_v, b_q, pool, scale, None)
@@ -101,7 +103,6 @@ def backward(
             d_k, d_v = (_unpooled(d, index, tokens) for d, index in ((d_k, k_index), (d_v, v_index)))
 
         of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
-        w_q, w_k, w_v = (contiguous(w) for w in (w_q, w_k, w_v))
         if d_h is not None:
             d_tokens = kernels.writable(d_h.flatten(2))
             kernels.qkv_projection_backward(d_q, d_k, d_v, w_q, w_k, w_v, d_tokens, config=of_projections.backward)
@@ -130,8 +131,10 @@ def _operands(
     scale: float,
     statistics: Tensor | None,
 ) -> _Operands:
-    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; centre as `forward` returns it."""
-    w_q, w_k, w_v = (contiguous(w.flatten(1)) for w in (w_q, w_k, w_v))
+    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; centre as `forward` returns it.
+
+    The weights are contiguous, those of 1×1 convolutions as well.
+    """
     queries = kernels.Projection(w_q, None if b_q is None else contiguous(b_q), scale * math.log2(math.e))
     config = kernels.projection_configs(tokens.shape[1], tokens.dtype, kernel_target(tokens.device)).qkv_projection
     keys, values = kernels.Projection(w_k), kernels.Projection(w_v)
