@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from visattn import Attention, autograd, device, dispatch, functional, kernels, triton_backend, use_backend, validation
 
-from .ahead_of_time import nothing_remembered
+from .launches import nothing_remembered
 
 MODES = ("forward", "forward, graph kept", "forward + backward")
 COLDER = "colder caches"

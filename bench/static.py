@@ -20,8 +20,10 @@ import triton
 from visattn import files
 from visattn.provenance import commit
 
-from .ahead_of_time import DEVICES, Compiled, Device, Launch, compile_launch, layer_launches, token_launches
+from .ahead_of_time import DEVICES, Compiled, Device, compile_launch
 from .disassembly import Instruction, Work, main_loop, parse
+from .launches import Launch
+from .passes import layer_launches, token_launches
 from .static_tables import markdown, passes_table, rows_table
 from .throughput import MACHINES, machine, predict, residency
 from .tile import Tile, tile_of, work_of_tile
@@ -122,7 +124,12 @@ def rows_of(target: str, dtype: str, channels: int, qk_channels: int | None) -> 
     else:
         launches = layer_launches(device, torch_dtype, channels, qk_channels=qk_channels, highest=highest)
     head = {"target": target, "dtype": dtype, "channels": channels, "qk_channels": qk_channels or channels}
-    return [head | row(launch, compile_launch(launch, device), device, dtype == "fp32-highest") for launch in launches]
+    rows: list[Row] = []
+    for launch in launches:
+        found = head | row(launch, compile_launch(launch, device), device, dtype == "fp32-highest")
+        if found not in rows:  # narrow queries are projected in both passes
+            rows.append(found)
+    return rows
 
 
 def row(launch: Launch, compiled: Compiled, device: Device, fp32_highest: bool = False) -> Row:

@@ -10,7 +10,8 @@ import triton
 from triton import JITFunction
 from triton.compiler import ASTSource
 
-from .ahead_of_time import DEVICES, nothing_remembered
+from .ahead_of_time import DEVICES
+from .launches import nothing_remembered
 
 DEVICE = 1000
 """No device has this number, so that what is compiled here is never taken for what another driver has loaded."""

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .ahead_of_time import Launch
 from .disassembly import Instruction, Loop, Work, inner_loops, work
+from .launches import Launch
 
 # Products of 16 bits or TF32 that stand for one product of fp32, by `input_precision` of `tl.dot`.
 PRODUCTS = {"ieee": 1, "tf32": 1, "tf32x3": 3, "bf16x3": 3, "bf16x6": 6}

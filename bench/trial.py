@@ -20,9 +20,11 @@ from visattn import kernels, provenance
 from visattn.device import float32_precision, kernel_target
 
 from . import environment, layers, problems, timing
-from .ahead_of_time import Compiled, Device, Launch, caught_launches, compile_launch, layer_launches
+from .ahead_of_time import Compiled, Device, compile_launch
 from .candidates import Entry
 from .cases import DTYPES, Case
+from .launches import Launch, caught_launches
+from .passes import layer_launches
 from .problems import Problem, Truth
 from .providers import PROVIDERS, Built
 

@@ -15,7 +15,8 @@ if INTERPRETING:
 
 from visattn.kernels import single_tile_config
 
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches, normalized_launches, projection_launches, token_launches
+from bench.ahead_of_time import DEVICES, compile_launch
+from bench.passes import layer_launches, normalized_launches, projection_launches, token_launches
 from visattn import kernels as visattn_kernels
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
@@ -37,6 +38,7 @@ SINGLE_TILE_KERNELS = [KERNELS[0], "single_tile_backward_kernel", KERNELS[-1]]
 PROJECTED_KERNELS = [
     "qkv_projection_kernel",
     "projected_attention_forward_kernel",
+    "qkv_projection_kernel",
     "prepare_projected_backward_kernel",
     "projected_query_gradient_kernel",
     "projected_key_value_gradient_kernel",

@@ -13,8 +13,9 @@ if INTERPRETING:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from bench import static
-from bench.ahead_of_time import DEVICES, compile_launch, layer_launches
+from bench.ahead_of_time import DEVICES, compile_launch
 from bench.disassembly import Instruction, Loop, Matrix, inner_loops, loops, main_loop, matrix, parse, work
+from bench.passes import layer_launches
 from bench.static_tables import markdown, passes, passes_table, rows_table
 from bench.throughput import MACHINES, Residency, floor_cycles, machine, pipe_cycles, predict, residency
 from bench.tile import Tile, tile_of, work_of_tile

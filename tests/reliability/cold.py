@@ -157,7 +157,8 @@ def capture(warm: bool) -> dict[str, str]:
 
 def compiling(count: int = 8) -> dict[str, int]:
     """So many processes compile one kernel into one cold cache at once: how many finished, binaries, and half-written files left."""
-    from bench.ahead_of_time import DEVICES, compile_launch, layer_launches
+    from bench.ahead_of_time import DEVICES, compile_launch
+    from bench.passes import layer_launches
 
     device = DEVICES["sm_80"]
     launch = layer_launches(device, torch.float16, 16, 64)[-1]
