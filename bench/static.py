@@ -176,8 +176,8 @@ def _config(launch: Launch) -> str:
     step = arguments.get("BLOCK_K")
     if step is not None and step < max(arguments.get("BLOCK_C", 0), arguments.get("BLOCK_CV", 0)):
         blocks += f" K{step}"
-    precision = "" if arguments["INPUT_PRECISION"] == "ieee" else f" {arguments['INPUT_PRECISION']}"
-    return f"{blocks} {options['num_warps']}w {options['num_stages']}s{precision}"
+    precision = arguments.get("INPUT_PRECISION", "ieee")  # a kernel without products has none
+    return f"{blocks} {options['num_warps']}w {options['num_stages']}s{'' if precision == 'ieee' else f' {precision}'}".lstrip()
 
 
 def _counts(work: Work, tile: Tile | None, num_warps: int) -> Row:

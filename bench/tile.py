@@ -61,6 +61,8 @@ class Tile:
 def tile_of(launch: Launch) -> Tile | None:
     """The tile of one iteration, None for a kernel whose main loop does not walk over tiles of tokens."""
     arguments = launch.arguments
+    if "INPUT_PRECISION" not in arguments:  # a kernel without products
+        return None
     products = PRODUCTS[arguments["INPUT_PRECISION"]]
     element_bytes = next(iter(arguments.values())).element_size()  # a kernel's first argument is a map
     if launch.name == "token_moments_kernel":

@@ -315,6 +315,14 @@ def test_filed_rows(target):
             assert r["prediction"]["share"] <= 1
 
 
+def test_narrow_queries_have_a_row_for_each_kernel():
+    """Projections once, though both passes launch them; the kernel of the weights' gradients has no products."""
+    names = [r["kernel"] for r in static.rows_of("sm_90", "bf16", 32, 4)]
+    assert names.count("qkv_projection") == 1
+    assert names.count("token_moments") == 2
+    assert names[-1] == "projection_gradients"
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("qk_channels", [8, 64])
