@@ -177,7 +177,8 @@ def _config(launch: Launch) -> str:
     if step is not None and step < max(arguments.get("BLOCK_C", 0), arguments.get("BLOCK_CV", 0)):
         blocks += f" K{step}"
     precision = arguments.get("INPUT_PRECISION", "ieee")  # a kernel without products has none
-    return f"{blocks} {options['num_warps']}w {options['num_stages']}s{'' if precision == 'ieee' else f' {precision}'}".lstrip()
+    words = [blocks, f"{options['num_warps']}w", f"{options['num_stages']}s", "" if precision == "ieee" else precision]
+    return " ".join(filter(None, words))
 
 
 def _counts(work: Work, tile: Tile | None, num_warps: int) -> Row:

@@ -61,15 +61,13 @@ class Tile:
 def tile_of(launch: Launch) -> Tile | None:
     """The tile of one iteration, None for a kernel whose main loop does not walk over tiles of tokens."""
     arguments = launch.arguments
-    if "INPUT_PRECISION" not in arguments:  # a kernel without products
+    if launch.name not in _DOTS and launch.name != "token_moments_kernel":
         return None
     products = PRODUCTS[arguments["INPUT_PRECISION"]]
     element_bytes = next(iter(arguments.values())).element_size()  # a kernel's first argument is a map
     if launch.name == "token_moments_kernel":
         length = arguments["BLOCK_L"]
         return Tile(arguments["BLOCK_A"], arguments["BLOCK_C"], (length,), (length,), (), 0, products, element_bytes, 0)
-    if launch.name not in _DOTS:
-        return None
     dots, contracting = _DOTS[launch.name]
     names = dots.split()
     widths, blocks = tuple(arguments[name] for name in names), tuple(arguments[_BLOCKS[name]] for name in names)
