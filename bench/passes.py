@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from visattn import kernels, triton_backend, wide_triton_backend
+from visattn import folded_values, kernels, triton_backend, wide_triton_backend
 from visattn.folding import Weights
 
 from .ahead_of_time import Device
@@ -51,8 +51,22 @@ def _on(target: kernels.Target) -> Iterator[None]:
     with (
         mock.patch.object(triton_backend, "kernel_target", return_value=target),
         mock.patch.object(wide_triton_backend, "kernel_target", return_value=target),
+        mock.patch.object(folded_values, "kernel_target", return_value=target),
     ):
         yield
+
+
+def folded_value_launches(device: Device, dtype: torch.dtype, channels: int, value_channels: int, *, highest: bool = True) -> list[Launch]:
+    """Every launch that the weights of the values cost, both ways, where one head's output is projected and all has biases."""
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    weights = parameter(channels, value_channels), parameter(value_channels, channels), parameter(value_channels), parameter(channels)
+    with caught_launches() as launches, _on(device.kernel_target(highest)):
+        results = folded_values.FoldedValues.apply(*weights)
+        torch.autograd.grad(results, weights, [torch.empty_like(result) for result in results])
+    return launches
 
 
 def token_launches(

@@ -25,6 +25,7 @@ from .launch_config import (
     single_tile_config,
     token_configs,
     weight_gradients_config,
+    weight_product_config,
     wide_configs,
 )
 from .output_projection import output_projection, output_projection_backward
@@ -34,8 +35,9 @@ from .projection_gradients import output_gradients, projection_gradients
 from .qkv_projection import Projection, qkv_projection, qkv_projection_backward
 from .single_tile_backward import single_tile_backward
 from .token_attention import token_attention_backward, token_attention_forward
-from .token_moments import PartialMoments, partial_moments, token_moments
+from .token_moments import PartialMoments, partial_moments
 from .weight_gradients import weight_gradients
+from .weight_product import weight_product
 from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
 
 __all__ = [
@@ -78,9 +80,10 @@ __all__ = [
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",
-    "token_moments",
     "weight_gradients",
     "weight_gradients_config",
+    "weight_product",
+    "weight_product_config",
     "wide_attention_forward",
     "wide_configs",
     "wide_key_value_gradient",

@@ -15,8 +15,12 @@ MOMENTS_TILE = 64
 """Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
 MOMENTS_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
-WEIGHT_GRADIENTS_SIZES = (128, 16, 64, 16, 8, 1)
-"""Rows of dW_q and dW_k, columns of them, channels of a step, splits of a sum that are loaded at once, warps, stages."""
+WEIGHT_GRADIENTS_SIZES = (128, 16, 64, 16, 8, 1, 255)
+"""Rows of dW_q and dW_k, columns of them, channels of a step, splits of a sum that are loaded at once, warps, stages, and registers, of
+which the assembler would now and then choose a few too few."""
+
+WEIGHT_PRODUCT_SIZES = (64, 32, 32, 0, 8, 3)
+"""Rows of a product of two weights, columns of it, channels of a step, nothing, warps, stages."""
 
 # From so many channels of a tile on fp32 is split into two parts of TF32 instead of three of bf16: of fp32 class as well, with fewer
 # registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.

@@ -15,6 +15,7 @@ from .block_sizes import (
     TF32X3_FROM,
     TOKEN_TABLE,
     WEIGHT_GRADIENTS_SIZES,
+    WEIGHT_PRODUCT_SIZES,
     WIDE_HEADS_TABLE,
     WIDE_TABLE,
     Sizes,
@@ -59,8 +60,8 @@ class LaunchConfig:
     block_m: query tokens a program, for `qkv_projection` tokens a program, for `token_moments` channels of the left factor.
     block_n: key tokens a step, for `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens
     taken at once; fewer than the map has means that they are read from memory step by step. block_d: rows of a weight a
-    step. For `weight_gradients` the four are as WEIGHT_GRADIENTS_SIZES names them. max_registers: of a thread, where the assembler's
-    own choice would spill; NVIDIA only.
+    step. For `weight_gradients` and `weight_product` the four are as WEIGHT_…_SIZES names them. max_registers: of a thread, where
+    the assembler's own choice would spill; NVIDIA only.
     """
 
     block_m: int
@@ -239,7 +240,16 @@ def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype:
 @functools.cache
 def weight_gradients_config(target: Target) -> LaunchConfig:
     """The configuration of `weight_gradients`, whose sums are in fp32 whatever the map is in."""
-    return _config(WEIGHT_GRADIENTS_SIZES, "tf32x3" if target.fp32_precision == "bf16x6" else target.fp32_precision)
+    *sizes, max_registers = WEIGHT_GRADIENTS_SIZES
+    if target.architecture != "cdna":
+        sizes.append(max_registers)
+    return _config(tuple(sizes), _precision_of_weights(target))
+
+
+@functools.cache
+def weight_product_config(target: Target) -> LaunchConfig:
+    """The configuration of `weight_product`, for weights of any size."""
+    return _config(WEIGHT_PRODUCT_SIZES, _precision_of_weights(target))
 
 
 @functools.cache
@@ -299,6 +309,11 @@ def _operands(num_channels: int, dtype: torch.dtype, target: Target) -> tuple[st
         return "tf32", "tf32"
     splits_into_tf32 = target.fp32_precision == "bf16x6" and block_channels(num_channels) >= TF32X3_FROM[target.architecture]
     return "fp32", "tf32x3" if splits_into_tf32 else target.fp32_precision
+
+
+def _precision_of_weights(target: Target) -> str:
+    """Of dots of fp32 weights, which are few: of both ways to the class of fp32 the one with fewer registers."""
+    return "tf32x3" if target.fp32_precision == "bf16x6" else target.fp32_precision
 
 
 def _config(sizes: Sizes, precision: str) -> LaunchConfig:

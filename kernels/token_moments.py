@@ -115,18 +115,3 @@ def partial_moments(
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return PartialMoments(product, total, right_total)
-
-
-def token_moments(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    second: tuple[torch.Tensor, torch.Tensor] | None = None,
-    *,
-    config: LaunchConfig,
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """`Σ left_i right_iᵀ` (A, C) and `Σ left_i` (A) of each pair, in fp32, over all tokens i of `left` (N, A, L) and `right` (N, C, L).
-
-    `second` is another pair of the same shapes, summed in the same launch.
-    """
-    product, total, _ = partial_moments(left, right, second, config=config)
-    return product.sum(0).unbind(), total.sum(0).unbind()

@@ -142,9 +142,11 @@ def test_rounding_of_a_mean_does_not_reach_the_keys(shape, qk_channels, dtype, b
         assert error < 0.1 * allowed, name
 
 
-@pytest.mark.parametrize("qk_channels", [24, 3])
-def test_residual_adds_the_map_once_and_passes_the_gradient_once(qk_channels, backend, place):
-    problem = make_problem((2, 24, 6, 11), qk_channels=qk_channels)
+@pytest.mark.parametrize(
+    ("shape", "qk_channels"), [((2, 24, 6, 11), 24), ((2, 24, 6, 11), 3), ((1, 257, 3, 4), None)], ids=["24", "3", "wide"]
+)
+def test_residual_adds_the_map_once_and_passes_the_gradient_once(shape, qk_channels, backend, place):
+    problem = make_problem(shape, qk_channels=qk_channels)
     without, with_ = run_layer(problem, backend, place), run_layer(replace(problem, residual=True), backend, place)
     torch.testing.assert_close(with_["out"] - problem.x, without["out"], rtol=0, atol=1e-6)
     torch.testing.assert_close(with_["x"] - problem.d_out, without["x"], rtol=0, atol=2e-6)

@@ -21,7 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from bench import host, host_parts
-from visattn import SelfAttention2d, autograd, device, kernels, projected_output, triton_backend, triton_projected_tokens
+from visattn import (
+    SelfAttention2d,
+    autograd,
+    device,
+    folded_values,
+    kernels,
+    projected_output,
+    triton_backend,
+    triton_projected_tokens,
+    wide_triton_backend,
+)
 
 launch_config = kernels.launch_config
 
@@ -181,20 +191,22 @@ class TestShortPath:
         assert run_step(case, mode) == expected_launches(case, mode)
 
     @pytest.mark.parametrize(
-        ("options", "forward", "backward"),
+        ("channels", "options", "forward", "backward"),
         [
-            ({"num_heads": 4, "norm_groups": 8, "out_proj": True, "res_scale": 0.5}, 5, 15),
-            ({"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 24),
-            ({"qk_channels": 8, "gamma": 0.5}, 2, 9),
+            (64, {"num_heads": 4, "norm_groups": 8, "out_proj": True, "res_scale": 0.5}, 5, 15),
+            (64, {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 24),
+            (64, {"qk_channels": 8, "gamma": 0.5}, 2, 9),
+            (64, {"norm_groups": 8, "out_proj": True}, 4, 10),
+            (320, {"norm_groups": 8, "out_proj": True}, 7, 14),
         ],
-        ids=["heads", "pooled", "thin queries"],
+        ids=["heads", "pooled", "thin queries", "one head", "one head, wide"],
     )
-    def test_launches_and_operations(self, options, forward, backward, monkeypatch):
+    def test_launches_and_operations(self, channels, options, forward, backward, monkeypatch):
         """On a map of several tiles in half precision, where each conversion would be a launch as well."""
-        for module in (triton_backend, triton_projected_tokens, projected_output):
+        for module in (triton_backend, wide_triton_backend, triton_projected_tokens, projected_output, folded_values):
             monkeypatch.setattr(module, "kernel_target", host_parts._hopper)
-        layer = SelfAttention2d(64, **options).half()
-        x = torch.zeros(2, 64, 16, 16, dtype=torch.half, requires_grad=True)
+        layer = SelfAttention2d(channels, **options).half()
+        x = torch.zeros(2, channels, 16, 16, dtype=torch.half, requires_grad=True)
         with host_parts.stubbed_launches(lambda kernel, *_, **__: counts.started.append(kernel.__name__)), Operations() as counts:
             out = layer(x)
             assert len(counts.started) == forward, counts.started

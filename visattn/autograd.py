@@ -84,7 +84,10 @@ def is_looked_at() -> bool:
 
 
 def gradients_of_steps(
-    steps: Callable[[list[Any]], Tensor], d_out: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool]
+    steps: Callable[[list[Any]], Tensor | tuple[Tensor, ...]],
+    d_out: Tensor | tuple[Tensor, ...],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of `steps(inputs)` with a graph behind them, None where not needed.
 

@@ -86,13 +86,13 @@ def _multiplications(x: Tensor, qk_channels: int, value_channels: int, backend: 
     return folded, (pixels + 2 * channels) * (qk + value)
 
 
-def folded_values(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`W_o W_v` (C, C) and `W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to dtype."""
-    if weights.w_o is None:
-        return weights.w_v, weights.b_v
-    wide = torch.promote_types(dtype, torch.float32)
-    w_o, w_v = (w.to(wide).flatten(1) for w in (weights.w_o, weights.w_v))
-    return (w_o @ w_v).to(dtype), output_bias(weights.w_o, weights.b_v, weights.b_o, dtype)
+def folded_values(w_o: Tensor | None, w_v: Tensor, b_v: Tensor | None, b_o: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`W_o W_v` (C, C) and `W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to the dtype of the weights."""
+    if w_o is None:
+        return w_v, b_v
+    wide = torch.promote_types(w_o.dtype, torch.float32)
+    product = (w_o.to(wide).flatten(1) @ w_v.to(wide).flatten(1)).to(w_o.dtype)
+    return product, output_bias(w_o, b_v, b_o, w_o.dtype)
 
 
 def queries_keys_values(h: Tensor, weights: Weights, num_heads: int, pool: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import autograd, block, channel, dispatch, map_attention, projected_output, projected_tokens, query_normalized, validation
 from .device import autocast_is_enabled
+from .folded_values import folded_values
 from .folding import Weights
 from .normalization import GroupNorm, normalized
 
@@ -160,7 +161,7 @@ def _block(
             narrow_x, norm = normalized(x, norm).to(dtype), None  # it is the normalised map that is rounded
         if form == "folded":
             w_q, w_k, _, b_q, b_k, _, _, _, gamma = weights
-            w_v, b_v = block.folded_values(weights, dtype)
+            w_v, b_v = folded_values(weights, selected)
             added_inside = residual and dtype == x.dtype and res_scale == 1.0
             settings = autograd.Settings(factor, added_inside, normalize, selected)
             out = _run_on_normalized(settings, narrow_x, norm, Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma))

@@ -12,6 +12,9 @@ from . import torch_attention
 from .folding import NO_GRADIENTS, Gradients, Moments, Weights, weight_gradients
 from .layout import empty_map_like
 
+FoldedProjection = tuple[Tensor, Tensor | None]
+"""The matrix (C, C) that takes the map to its folded queries, and what is added, (C) or None."""
+
 PROJECTED_MIN_TOKENS = 256
 """On smaller maps attention costs little, and folded it rounds less."""
 
@@ -111,7 +114,7 @@ def _folded_backward(
     d_y: Tensor, tokens: Tensor, weights: Weights, scale: float, y: Tensor, lse: Tensor | None, need_x: bool
 ) -> tuple[Tensor | None, Tensor]:
     """`(d_tokens, d_u)`: what the map (N, C, L) receives as keys, values and queries, and the folded query's gradient."""
-    product = None if _queries_are_thin(weights) else _product_of_projections(weights, scale, tokens.dtype)
+    product = None if queries_are_thin(weights) else folded_projection(weights, scale, tokens.dtype)
     u, mean = folded_queries(weights, scale, tokens, product), tokens.mean(2, keepdim=True)
     keys = tokens - mean
     if lse is not None:
@@ -151,32 +154,25 @@ def widen(tokens: Tensor) -> Tensor:
     return tokens.float() if tokens.dtype == torch.float16 else tokens
 
 
-def folded_queries(weights: Weights, scale: float, tokens: Tensor, product: Tensor | None = None) -> Tensor:
-    """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L). product: that of both projections, where it is at hand already."""
+def folded_queries(weights: Weights, scale: float, tokens: Tensor, product: FoldedProjection | None = None) -> Tensor:
+    """`u = scale · W_kᵀ (W_q x + b_q)` (N, C, L). product: `folded_projection` of the same scale, if at hand."""
     dtype = tokens.dtype
-    if _queries_are_thin(weights):
+    if queries_are_thin(weights):
         bias = None if weights.b_q is None else weights.b_q.to(dtype)
         return project(scale * weights.w_k.to(dtype).mT, None, project(weights.w_q.to(dtype), bias, tokens))
-    if product is None:
-        product = _product_of_projections(weights, scale, dtype)
-    if weights.b_q is None:
-        return project(product, None, tokens)
-    wide = torch.promote_types(dtype, torch.float32)
-    bias = scale * (weights.w_k.to(wide).mT @ weights.b_q.to(wide))
-    return project(product, bias.to(dtype), tokens)
+    return project(*(product or folded_projection(weights, scale, dtype)), tokens)
 
 
-def gradient_through_queries(weights: Weights, scale: float, d_u: Tensor, product: Tensor | None = None) -> Tensor:
+def gradient_through_queries(weights: Weights, scale: float, d_u: Tensor, product: FoldedProjection | None = None) -> Tensor:
     """What x receives from its folded queries' gradient: `scale · W_qᵀ W_k du` (N, C, L). product: as for `folded_queries`."""
     dtype = d_u.dtype
-    if _queries_are_thin(weights):
+    if queries_are_thin(weights):
         return project(scale * weights.w_q.to(dtype).mT, None, project(weights.w_k.to(dtype), None, d_u))
-    if product is None:
-        product = _product_of_projections(weights, scale, dtype)
-    return project(product.mT, None, d_u)
+    matrix, _ = product or folded_projection(weights, scale, dtype)
+    return project(matrix.mT, None, d_u)
 
 
-def _queries_are_thin(weights: Weights) -> bool:
+def queries_are_thin(weights: Weights) -> bool:
     """Whether to project twice, C → D → C, and not once with the product of both projections.
 
     Thin queries cost less that way. Over few channels the cost is nothing, and the rounding of the product would not average out.
@@ -185,10 +181,13 @@ def _queries_are_thin(weights: Weights) -> bool:
     return 2 * qk_channels < channels or channels < 16
 
 
-def _product_of_projections(weights: Weights, scale: float, dtype: torch.dtype) -> Tensor:
-    """`scale · W_kᵀ W_q` (C, C), multiplied in at least fp32 and rounded once."""
+def folded_projection(weights: Weights, scale: float, dtype: torch.dtype) -> FoldedProjection:
+    """`scale · W_kᵀ W_q` (C, C) and `scale · W_kᵀ b_q` (C), multiplied in at least fp32 and rounded once."""
     wide = torch.promote_types(dtype, torch.float32)
-    return (scale * (weights.w_k.to(wide).mT @ weights.w_q.to(wide))).to(dtype)
+    w_q, b_q, w_k = (None if w is None else w.to(wide) for w in weights[:3])
+    assert w_q is not None
+    assert w_k is not None
+    return (scale * (w_k.mT @ w_q)).to(dtype), None if b_q is None else (scale * (w_k.mT @ b_q)).to(dtype)
 
 
 def output_projection(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,8 @@ from .normalization import GroupNorm
 
 def normalizes(x: Tensor, weights: Weights) -> bool:
     """Whether `forward` takes a norm for the map x (N, C, H, W)."""
+    if x.shape[1] > kernels.FUSED_CHANNELS:
+        return True
     target = kernel_target(x.device)
     return kernels.attends_normalized(x.shape[1], x.dtype, target) and not _projects_keys(x, weights, target)
 
@@ -39,7 +41,7 @@ def forward(
     x = in_memory(x)
     maps, channels, height, width = x.shape
     if channels > kernels.FUSED_CHANNELS:
-        return wide_triton_backend.forward(x, weights, scale, residual, save)
+        return wide_triton_backend.forward(x, weights, scale, residual, save, norm)
     target = kernel_target(x.device)
     projected = kernels.projected_configs(channels, x.dtype, target) if _projects_keys(x, weights, target) else None
     config = projected.forward if projected else kernels.forward_config(channels, x.dtype, target, norm is not None)

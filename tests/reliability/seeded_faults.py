@@ -32,6 +32,9 @@ PROJECTED = "tests/test_projected_tokens.py"
 NORMALIZED = "tests/test_normalized_maps.py"
 LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
 OUTPUT = "tests/test_projected_output.py::test_blocks"
+RESIDUAL = "tests/test_correctness.py::test_residual_adds_the_map_once_and_passes_the_gradient_once"
+FOLDED_VALUES = "tests/test_folded_values.py"
+PRODUCT = FOLDED_VALUES + "::test_product_vector_and_outer_product"
 STATISTICS = NORMALIZED + "::TestStatistics::test_four_rows"
 FOLDED_SPLITS = "tests/test_key_splits.py::TestFolded::test_branch_and_gradients"
 SPLITS = "tests/test_key_splits.py::TestKernels::test_lse_and_y_are_those_of_all_keys"
@@ -99,7 +102,7 @@ KERNELS = [
                    "store_sum(acc, d_x_ptr, stride_dc", "store_sum(acc, None, stride_dc", BRANCH + PLAIN),
     in_interpreter("gradient passed along without a residual", "attention_backward",
                    "d_out_ptr + n * stride_gn if RESIDUAL else None", "d_out_ptr + n * stride_gn",
-                   "tests/test_correctness.py::test_residual_adds_the_map_once_and_passes_the_gradient_once[triton-24]"),
+                   RESIDUAL + "[triton-24]"),
     in_interpreter("last tile of keys not taken by its loop", "attention_forward",
                    "range(full_keys, num_keys, BLOCK_N)", "range(full_keys, full_keys, BLOCK_N)", BRANCH + WHOLE),
     in_interpreter("last tile of keys not taken by its loop, backward", "attention_backward",
@@ -210,6 +213,16 @@ NORMALIZED_MAPS = [
                    "branch += tl.sum(w_v", "branch += 0 * tl.sum(w_v", OUTPUT),
     in_interpreter("gradient of y without γ", "output_projection",
                    "stride_gc, stride_gl, w_ptr, gamma_ptr, offs_v", "stride_gc, stride_gl, w_ptr, None, offs_v", OUTPUT),
+    in_interpreter("columns of a product of weights in the first tile only", "weight_product",
+                   "offs_c = pid % parts * BLOCK_C + tl", "offs_c = tl", PRODUCT),
+    in_interpreter("bias of a product of weights without its addend", "weight_product",
+                   "image += tl.load(addend_ptr", "image += 0 * tl.load(addend_ptr", PRODUCT),
+    in_interpreter("a product of weights times its factor, its bias not", "weight_product",
+                   "(factor * image)", "(image)", PRODUCT),
+    Mutant("gradient of W_o without the bias of the values", "visattn/folded_values.py",
+           "outer=outer, config", "outer=None, config", FOLDED_VALUES + "::test_gradients_for_every_choice_of_biases_and_inputs", True),
+    Mutant("gradients through folded queries as if their logits were base e", "visattn/wide_triton_backend.py",
+           "torch.add(g, through_queries, alpha=1 / LOG2E", "torch.add(g, through_queries, alpha=1.0", RESIDUAL + "[triton-wide]", True),
     Mutant("gradients without the factor of the sum", "visattn/projected_output.py",
            "g = d_out if res_scale == 1.0 else res_scale * d_out", "g = d_out", OUTPUT, True),
     Mutant("result left where it was written", "visattn/layout.py", "if written.data_ptr() != out.data_ptr():", "if False:",
@@ -248,8 +261,8 @@ WIDE_MAPS = [
     in_interpreter("splits merged without their weights", "key_splits",
                    "acc * alpha[None, :] + y * weight[None, :]", "acc * alpha[None, :] + y", SPLITS),
     Mutant("natural logits of a wide map under a base-2 exponential", "visattn/wide_triton_backend.py",
-           "            u = kernels.readable(folded_queries(weights, scale * LOG2E, tokens))",
-           "            u = kernels.readable(folded_queries(weights, scale, tokens))", WIDE, True),
+           "            u = kernels.readable(folded_queries(weights, scale * LOG2E, tokens, product))",
+           "            u = kernels.readable(folded_queries(weights, scale, tokens, product))", WIDE, True),
     Mutant("gradient of a wide map passed along without a residual", "visattn/wide_triton_backend.py",
            "            if residual:\n", "            if True:\n", WIDE, True),
     Mutant("numbers read as they lie where they are negated", "visattn/layout.py",
