@@ -15,6 +15,11 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETING
 # is judged against eager PyTorch depends on the machine.
 torch.set_num_threads(1)
 
+if INTERPRETING:
+    from . import interpreting
+
+    interpreting.look_once_a_launch()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
