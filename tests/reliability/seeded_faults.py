@@ -22,9 +22,9 @@ WHOLE = "[triton-(1, 256, 5, 7)-torch.float16-peaked]"
 MEAN = "tests/test_correctness.py::test_rounding_does_not_meet_a_large_mean"
 GRADCHECK, GRADGRADCHECK = "tests/test_autograd.py::test_gradcheck", "tests/test_autograd.py::test_gradgradcheck"
 KEYS = "tests/test_correctness.py::test_rounding_of_a_mean_does_not_reach_the_keys"
+WIDE_KEYS = KEYS + "[triton-(1, 257, 3, 4)-32-torch.float16]"
 ACCUMULATES = "tests/test_correctness.py::test_more_channels_than_one_program_accumulates"
 WIDE = ACCUMULATES + "[triton-(2, 320, 5, 7)-40-peaked-0.0-torch.float16]"
-WIDE_MEAN = ACCUMULATES + "[triton-(1, 512, 3, 7)-None-uniform-6.0-torch.float16]"
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
 SINGLE = "tests/test_single_tiles.py"
@@ -241,9 +241,9 @@ WIDE_MAPS = [
                    "tile // parts * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn + tl",
                    "tile * BLOCK_M + tl.arange(0, BLOCK_M)\n    x_ptr += n * stride_xn + tl", WIDE),
     in_interpreter("Δ not mended on wide maps", "wide_attention",
-                   "delta + row_sum, mask", "delta, mask", KEYS + "[triton-(1, 257, 3, 4)-None-torch.float16]"),
+                   "delta + row_sum, mask", "delta, mask", WIDE_KEYS),
     in_interpreter("what rounding leaves of Σ dS meets a wide map", "wide_attention",
-                   "store_query_gradient(acc, row_sum, y_ptr", "store_query_gradient(acc, row_sum * 0, y_ptr", WIDE_MEAN),
+                   "store_query_gradient(acc, row_sum, y_ptr", "store_query_gradient(acc, row_sum * 0, y_ptr", WIDE_KEYS),
     in_interpreter("keys' gradient of the first channels only", "attention_backward",
                    "first_c = tile % parts * BLOCK_C", "first_c = 0", WIDE),
     in_interpreter("the two pairs of a sum exchanged", "token_moments",
