@@ -1,8 +1,9 @@
 """Triton kernels of visattn and their launchers. Installed as `visattn.kernels`; knows torch and triton only."""
 
 from .alignment import empty_aligned, empty_with_strides_of, readable, writable
-from .attention_backward import attention_backward
+from .attention_backward import key_value_gradient, prepare_backward, query_gradient
 from .attention_forward import attention_forward
+from .gradient_splits import split_key_value_gradient, split_query_gradient
 from .group_norm import group_statistics
 from .key_splits import split_attention_forward
 from .launch_config import (
@@ -11,12 +12,14 @@ from .launch_config import (
     LaunchConfig,
     ProjectedConfigs,
     ProjectionConfigs,
+    Splits,
     Target,
     TokenConfigs,
     WideConfigs,
     attends_normalized,
     backward_configs,
     forward_config,
+    gradient_splits,
     has_narrow_queries,
     key_splits,
     projected_configs,
@@ -38,7 +41,7 @@ from .token_attention import token_attention_backward, token_attention_forward
 from .token_moments import PartialMoments, partial_moments
 from .weight_gradients import weight_gradients
 from .weight_product import weight_product
-from .wide_attention import wide_attention_forward, wide_key_value_gradient, wide_query_gradient
+from .wide_attention import wide_attention_forward, wide_query_gradient
 
 __all__ = [
     "FUSED_CHANNELS",
@@ -48,23 +51,26 @@ __all__ = [
     "ProjectedConfigs",
     "Projection",
     "ProjectionConfigs",
+    "Splits",
     "Target",
     "TokenConfigs",
     "WideConfigs",
     "attends_normalized",
-    "attention_backward",
     "attention_forward",
     "backward_configs",
     "empty_aligned",
     "empty_with_strides_of",
     "forward_config",
+    "gradient_splits",
     "group_statistics",
     "has_narrow_queries",
     "key_splits",
+    "key_value_gradient",
     "output_gradients",
     "output_projection",
     "output_projection_backward",
     "partial_moments",
+    "prepare_backward",
     "projected_attention_backward",
     "projected_attention_forward",
     "projected_configs",
@@ -73,10 +79,13 @@ __all__ = [
     "projects_keys",
     "qkv_projection",
     "qkv_projection_backward",
+    "query_gradient",
     "readable",
     "single_tile_backward",
     "single_tile_config",
     "split_attention_forward",
+    "split_key_value_gradient",
+    "split_query_gradient",
     "token_attention_backward",
     "token_attention_forward",
     "token_configs",
@@ -86,7 +95,6 @@ __all__ = [
     "weight_product_config",
     "wide_attention_forward",
     "wide_configs",
-    "wide_key_value_gradient",
     "wide_query_gradient",
     "writable",
 ]

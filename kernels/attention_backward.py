@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .launch_config import BackwardConfigs, block_channels, num_tiles
+from .launch_config import FUSED_CHANNELS, LaunchConfig, block_channels, num_tiles
 from .launching import launch
 from .primitives import (
     LN2,
@@ -68,6 +68,20 @@ def prepare_backward_kernel(
     y = load_tile(y_ptr, y_offsets, offs_c, offs_m, C, num_tokens, True)
     delta = tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
     tl.store(delta_ptr + n * num_tokens + offs_m, delta, mask=offs_m < num_tokens)
+
+
+@triton.jit
+def delta_of_queries(
+    d_y_ptr, stride_dc, stride_dl, y_ptr, stride_yc, stride_yl, offs_m, num_queries, C: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """`Δ_i = dy_i · y_i` (BLOCK_M) for a tile of queries of d_y_ptr and y_ptr (C, num_queries), BLOCK_K channels at a time."""
+    delta = tl.zeros((offs_m.shape[0],), tl.float32)
+    for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        d_y = load_tile(d_y_ptr, tile_offsets(offs_k, offs_m, stride_dc, stride_dl), offs_k, offs_m, C, num_queries, True)
+        y = load_tile(y_ptr, tile_offsets(offs_k, offs_m, stride_yc, stride_yl), offs_k, offs_m, C, num_queries, True)
+        delta += tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
+    return delta
 
 
 @triton.jit
@@ -250,6 +264,43 @@ def accumulate_key_value_gradient(
 
 
 @triton.jit
+def key_value_gradient_of_all_queries(
+    x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys, u_ptr, d_y_ptr, stride_yc, stride_yl, lse_ptr, delta_ptr, offs_c, num_queries,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, LAST_BY_LOOP: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What all queries, u_ptr and d_y_ptr (C, num_queries), give a tile of keys, as in `accumulate_key_value_gradient`: (BLOCK_N, BLOCK_C).
+
+    LAST_BY_LOOP as in `attend_all_keys`.
+    """
+    acc = tl.zeros((offs_n.shape[0], offs_c.shape[0]), tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    full_queries = num_queries // BLOCK_M * BLOCK_M
+    for start_m in range(0, full_queries, BLOCK_M):
+        step = tl.cast(start_m, tl.int64) * stride_yl
+        acc = accumulate_key_value_gradient(
+            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys,
+            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + start_m, delta_ptr + start_m, offs_c, offs_m, BLOCK_M,
+            C, BLOCK_K, False, INPUT_PRECISION,
+        )  # fmt: skip
+    if LAST_BY_LOOP:
+        for _ in range(full_queries, num_queries, BLOCK_M):
+            step = tl.cast(full_queries, tl.int64) * stride_yl
+            acc = accumulate_key_value_gradient(
+                acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys,
+                u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_queries, delta_ptr + full_queries, offs_c, offs_m,
+                num_queries - full_queries, C, BLOCK_K, True, INPUT_PRECISION,
+            )  # fmt: skip
+    elif full_queries < num_queries:
+        step = tl.cast(full_queries, tl.int64) * stride_yl
+        acc = accumulate_key_value_gradient(
+            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_keys,
+            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_queries, delta_ptr + full_queries, offs_c, offs_m,
+            num_queries - full_queries, C, BLOCK_K, True, INPUT_PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
 def key_value_gradient_kernel(
     x_ptr, stride_xn, stride_xc, stride_xl,
     u_ptr, d_y_ptr, stride_yn, stride_yc, stride_yl,
@@ -279,36 +330,15 @@ def key_value_gradient_kernel(
     lse_ptr += n * num_tokens
     delta_ptr += n * num_tokens
 
-    offs_m = tl.arange(0, BLOCK_M)
-    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    full_tokens = num_tokens // BLOCK_M * BLOCK_M
-    for start_m in range(0, full_tokens, BLOCK_M):
-        step = tl.cast(start_m, tl.int64) * stride_yl
-        acc = accumulate_key_value_gradient(
-            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
-            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + start_m, delta_ptr + start_m, offs_c, offs_m, BLOCK_M,
-            C, BLOCK_K, False, INPUT_PRECISION,
-        )  # fmt: skip
-    if SPARE_REGISTERS:
-        for _ in range(full_tokens, num_tokens, BLOCK_M):
-            step = tl.cast(full_tokens, tl.int64) * stride_yl
-            acc = accumulate_key_value_gradient(
-                acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
-                u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
-                num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-            )  # fmt: skip
-    elif full_tokens < num_tokens:
-        step = tl.cast(full_tokens, tl.int64) * stride_yl
-        acc = accumulate_key_value_gradient(
-            acc, x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens,
-            u_ptr + step, d_y_ptr + step, stride_yc, stride_yl, lse_ptr + full_tokens, delta_ptr + full_tokens, offs_c, offs_m,
-            num_tokens - full_tokens, C, BLOCK_K, True, INPUT_PRECISION,
-        )  # fmt: skip
+    acc = key_value_gradient_of_all_queries(
+        x_n, x_ptr, stride_xc, stride_xl, offs_n, num_tokens, u_ptr, d_y_ptr, stride_yc, stride_yl, lse_ptr, delta_ptr, offs_c, num_tokens,
+        C, BLOCK_M, BLOCK_K, SPARE_REGISTERS, INPUT_PRECISION,
+    )  # fmt: skip
     d_x_ptr += n * stride_dn
     store_sum(acc, d_x_ptr, stride_dc, stride_dl, d_x_ptr, stride_dc, stride_dl, first_c, offs_n, C, num_tokens, SPARE_REGISTERS)
 
 
-def attention_backward(
+def prepare_backward(
     x: torch.Tensor,
     d_out: torch.Tensor,
     w_q: torch.Tensor,
@@ -318,22 +348,17 @@ def attention_backward(
     gamma: torch.Tensor | None,
     y: torch.Tensor,
     lse: torch.Tensor,
-    d_x: torch.Tensor | None,
     *,
     scale: float,
-    residual: bool,
-    configs: BackwardConfigs,
-) -> torch.Tensor:
-    """Fills `d_x` (N, C, L), unless it is None, and returns the folded query's gradient du (N, C, L).
+    config: LaunchConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(u, dy, Δ)`: the folded queries with log2(e) and the gradient of y, both (N, C, L) with the strides of y, and Δ (N, L).
 
     x, d_out (N, C, L); `y` (N, C, L) and `lse` (N, L) as the forward pass left them; weights are contiguous.
     """
     num_maps, num_channels, num_tokens = x.shape
     block_c = block_channels(num_channels)
-    u, d_y, d_u = (empty_with_strides_of(y) for _ in range(3))
-    delta = torch.empty_like(lse)
-
-    config = configs.prepare
+    u, d_y, delta = empty_with_strides_of(y), empty_with_strides_of(y), torch.empty_like(lse)
     launch(
         prepare_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
@@ -346,9 +371,32 @@ def attention_backward(
         BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
+    return u, d_y, delta
 
-    d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
-    config = configs.query_gradient
+
+def query_gradient(
+    x: torch.Tensor,
+    d_out: torch.Tensor,
+    u: torch.Tensor,
+    d_y: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    d_x: torch.Tensor | None,
+    *,
+    scale: float,
+    residual: bool,
+    config: LaunchConfig,
+) -> torch.Tensor:
+    """The folded query's gradient du (N, C, L), without log2(e). Fills `d_x` (N, C, L), unless it is None, with what x receives through it.
+
+    u, dy and Δ as `prepare_backward` gives them, the rest as it took it; Δ is mended. With `residual` d_x has d_out besides.
+    """
+    num_maps, num_channels, num_tokens = x.shape
+    block_c = block_channels(num_channels)
+    d_u = empty_with_strides_of(y)
     launch(
         query_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_m),
         x, *x.stride(),
@@ -356,26 +404,34 @@ def attention_backward(
         u, d_y, *u.stride(),
         y, d_u, *y.stride(),
         lse, delta, w_q, w_k,
-        d_x, *d_x_strides,
+        d_x, *((0, 0, 0) if d_x is None else d_x.stride()),
         num_tokens, scale,
         C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
         BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-
-    if d_x is not None:
-        config = configs.key_value_gradient
-        launch(
-            key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n),
-            x, *x.stride(),
-            u, d_y, *y.stride(),
-            lse, delta,
-            d_x, *d_x_strides,
-            num_tokens,
-            C=num_channels,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-            SPARE_REGISTERS=config.spares_registers(num_channels),
-            INPUT_PRECISION=config.input_precision, **config.options,
-        )  # fmt: skip
     return d_u
+
+
+def key_value_gradient(
+    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, d_x: torch.Tensor, *, config: LaunchConfig
+) -> None:
+    """Adds to `d_x` (N, C, L) what x receives as keys and as values, for maps of any width.
+
+    x, u (with log2(e)) and d_y (N, C, L), d_y with the strides of u; lse (N, L) base 2; delta (N, L), mended.
+    """
+    num_maps, num_channels, num_tokens = x.shape
+    block_c = min(block_channels(num_channels), FUSED_CHANNELS)
+    launch(
+        key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n) * num_tiles(num_channels, block_c),
+        x, *x.stride(),
+        u, d_y, *u.stride(),
+        lse, delta,
+        d_x, *d_x.stride(),
+        num_tokens,
+        C=num_channels,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        SPARE_REGISTERS=config.spares_registers(num_channels),
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip

@@ -167,29 +167,49 @@ def attends_normalized(num_channels: int, dtype: torch.dtype, target: Target) ->
     return dtype == torch.bfloat16 and num_channels <= FUSED_CHANNELS and target.architecture != "cdna"
 
 
-@functools.cache
-def token_splits(programs: int, num_tokens: int, block: int) -> tuple[int, int]:
-    """`(splits, tokens of each)` where so many programs would go through all tokens by steps of `block`.
+class Splits(NamedTuple):
+    """Into how many parts a loop over tokens is split, and tokens of each but the last, which may have fewer."""
 
-    As many splits as a chip takes, with four steps at least.
-    """
+    number: int
+    tokens: int
+
+
+@functools.cache
+def token_splits(programs: int, num_tokens: int, block: int) -> Splits:
+    """Where so many programs would go through all tokens by steps of `block`: as many as a chip takes, with four steps at least."""
     steps = num_tiles(num_tokens, block)
     tokens = num_tiles(steps, max(1, min(FILLS_A_CHIP // programs, steps // 4))) * block
-    return num_tiles(num_tokens, tokens), tokens
+    return Splits(num_tiles(num_tokens, tokens), tokens)
 
 
-def key_splits(num_maps: int, num_channels: int, num_tokens: int, config: LaunchConfig) -> tuple[int, int]:
-    """`token_splits` for the forward pass of folded queries, or one split where that would not pay.
+def key_splits(num_maps: int, num_channels: int, num_tokens: int, config: LaunchConfig) -> Splits:
+    """Splits of the keys for the forward pass of folded queries; one where more would not pay."""
+    return _splits_that_pay(num_maps, num_channels, num_tokens, config.block_m, config.block_n)
 
-    A program meets 64 keys in some 560 + 5 C cycles, counted on Hopper for 64 queries in bf16. What splits take besides, two launches
-    more and y in fp32, is SPLITS_TAKE.
+
+def gradient_splits(num_maps: int, num_channels: int, num_tokens: int, configs: BackwardConfigs | WideConfigs) -> tuple[Splits, Splits]:
+    """Splits of the keys for the gradient of folded queries, and of the queries for that of keys and values; one where more would not pay.
+
+    Nor are keys split over fewer than 16 channels: the gradient is then projected with `W_qᵀ W_k`, whose rounding would not average out.
     """
-    programs = num_maps * num_tiles(num_tokens, config.block_m)
+    query, key_value = configs.query_gradient, configs.key_value_gradient
+    keys = _splits_that_pay(num_maps, num_channels, num_tokens, query.block_m, query.block_n)
+    queries = _splits_that_pay(num_maps, num_channels, num_tokens, key_value.block_n, key_value.block_m)
+    return keys if num_channels >= 16 else Splits(1, num_tokens), queries
+
+
+def _splits_that_pay(num_maps: int, num_channels: int, num_tokens: int, block: int, step: int) -> Splits:
+    """`token_splits` for programs that own `block` tokens each, or one split where that would not pay.
+
+    Forward a program meets 64 keys in some 560 + 5 C cycles, counted on Hopper for 64 queries in bf16; backward it takes longer. What
+    splits take besides, two launches more and results in fp32, is SPLITS_TAKE.
+    """
+    programs = num_maps * num_tiles(num_tokens, block) * num_tiles(num_channels, FUSED_CHANNELS)
     if not 0 < 2 * programs <= FILLS_A_CHIP:
-        return 1, num_tokens
-    splits, keys = token_splits(programs, num_tokens, config.block_n)
-    saved = (num_tokens - keys) // 64 * (560 + 5 * block_channels(num_channels))
-    return (splits, keys) if saved >= SPLITS_TAKE else (1, num_tokens)
+        return Splits(1, num_tokens)
+    splits = token_splits(programs, num_tokens, step)
+    saved = (num_tokens - splits.tokens) // 64 * (560 + 5 * block_channels(min(num_channels, FUSED_CHANNELS)))
+    return splits if saved >= SPLITS_TAKE else Splits(1, num_tokens)
 
 
 def projects_keys(num_maps: int, num_channels: int, num_tokens: int, qk_channels: int, dtype: torch.dtype, target: Target) -> bool:
@@ -220,13 +240,13 @@ def forward_config(num_channels: int, dtype: torch.dtype, target: Target, normal
 
 @functools.cache
 def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> BackwardConfigs:
-    """The configurations of `attention_backward` and `token_moments` for maps of `num_channels`, 1 to 256."""
+    """The configurations of the backward kernels of folded queries and `token_moments` for maps of `num_channels`, 1 to 256."""
     return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
 @functools.cache
 def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype: torch.dtype, target: Target) -> LaunchConfig | None:
-    """The configuration of `single_tile_backward`, or None where a map is not one tile, or `attention_backward` has to do it.
+    """The configuration of `single_tile_backward`, or None where a map is not one tile, or the kernels of larger maps have to do it.
 
     With many maps starting the kernels no longer counts, and the sums for the weights, one of each map, would.
     """

@@ -8,7 +8,8 @@ for the key and value gradient, for which the kernel of that file serves.
 A program owns BLOCK_C channels of what it accumulates. Those that share a tile of tokens each compute its weights, from all channels:
 two accumulators of 256 channels would not fit into registers, and handing weights over would mean writing them.
 
-Where a few maps make too few programs to fill a chip, the forward pass splits the keys among programs, as in key_splits.py.
+Where a few maps make too few programs to fill a chip, the forward pass splits the keys among programs, as in key_splits.py, and for the
+backward pass gradient_splits.py serves.
 """
 
 import torch
@@ -16,12 +17,12 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .attention_backward import key_value_gradient_kernel, query_gradient_of_all_keys, store_query_gradient
+from .attention_backward import delta_of_queries, query_gradient_of_all_keys, store_query_gradient
 from .attention_forward import attend_all_keys
 from .key_splits import empty_splits, merge_splits
 from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
 from .launching import launch
-from .primitives import load_tile, locate, store_tile, tile_offsets
+from .primitives import locate, store_tile, tile_offsets
 
 
 @triton.jit
@@ -87,13 +88,7 @@ def wide_query_gradient_kernel(
     d_y_ptr += n * stride_un
     y_ptr += n * stride_yn
     lse = tl.load(lse_ptr + n * num_tokens + offs_m, mask=offs_m < num_tokens, other=0.0)
-    delta = tl.zeros((BLOCK_M,), tl.float32)
-    for start_k in tl.range(0, C, BLOCK_K, num_stages=1):
-        offs_k = start_k + tl.arange(0, BLOCK_K)
-        d_y = load_tile(d_y_ptr, tile_offsets(offs_k, offs_m, stride_uc, stride_ul), offs_k, offs_m, C, num_tokens, True)
-        y = load_tile(y_ptr, tile_offsets(offs_k, offs_m, stride_yc, stride_yl), offs_k, offs_m, C, num_tokens, True)
-        delta += tl.sum(d_y.to(tl.float32) * y.to(tl.float32), 0)
-
+    delta = delta_of_queries(d_y_ptr, stride_uc, stride_ul, y_ptr, stride_yc, stride_yl, offs_m, num_tokens, C, BLOCK_K)
     acc, row_sum = query_gradient_of_all_keys(
         None, None, u_ptr, d_y_ptr, stride_uc, stride_ul, lse, delta, offs_m, num_tokens,
         x_ptr + n * stride_xn, stride_xc, stride_xl, offs_c, num_tokens, C, BLOCK_N, BLOCK_K, False, INPUT_PRECISION,
@@ -146,27 +141,12 @@ def wide_query_gradient(
     return d_u, delta
 
 
-def wide_key_value_gradient(
-    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, d_x: torch.Tensor, *, config: LaunchConfig
-) -> None:
-    """Adds to `d_x` (N, C, L) what x receives as keys and as values; delta (N, L) is that of `wide_query_gradient`."""
-    launch(
-        key_value_gradient_kernel, _programs(x, config.block_n),
-        x, *x.stride(),
-        u, d_y, *u.stride(),
-        lse, delta,
-        d_x, *d_x.stride(),
-        x.shape[2],
-        **_blocks(x, config), SPARE_REGISTERS=False, **config.options,
-    )  # fmt: skip
-
-
 def _programs(x: torch.Tensor, block: int) -> int:
     return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)
 
 
 def _blocks(x: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
-    """The constants that all three kernels take."""
+    """The constants that both kernels take."""
     return {
         "C": x.shape[1],
         "BLOCK_M": config.block_m,

@@ -63,8 +63,17 @@ FOLDED_VALUES_KERNELS = ["weight_product_kernel"] * 3
 WIDE_FORWARD_KERNELS = ["weight_product_kernel", "wide_attention_forward_kernel"]
 WIDE_BACKWARD_KERNELS = ["weight_product_kernel", "wide_query_gradient_kernel", *KERNELS[3:]]
 WIDE_KERNELS = [*WIDE_FORWARD_KERNELS, *WIDE_BACKWARD_KERNELS]
-WIDE_SPLIT_KERNELS = [*WIDE_FORWARD_KERNELS, "merge_splits_kernel", *WIDE_BACKWARD_KERNELS]
-SPLIT_KERNELS = ["split_attention_forward_kernel", "merge_splits_kernel", "output_projection_kernel", *KERNELS[1:]]
+SPLIT_QUERY_KERNELS = ["split_query_gradient_kernel", "add_up_splits_kernel"]
+SPLIT_KEY_VALUE_KERNELS = ["split_key_value_gradient_kernel", "add_up_splits_kernel"]
+WIDE_SPLIT_KERNELS = [
+    *WIDE_FORWARD_KERNELS, "merge_splits_kernel",
+    "weight_product_kernel", *SPLIT_QUERY_KERNELS, *SPLIT_KEY_VALUE_KERNELS, *KERNELS[4:],
+]  # fmt: skip
+SPLIT_KERNELS = [
+    "split_attention_forward_kernel", "merge_splits_kernel", "output_projection_kernel",
+    "prepare_backward_kernel", *SPLIT_QUERY_KERNELS, "weight_product_kernel", "output_projection_kernel", *SPLIT_KEY_VALUE_KERNELS,
+    *KERNELS[4:],
+]  # fmt: skip
 NORMALIZING_KERNELS = ["channel_moments_kernel", "group_statistics_kernel", "qkv_projection_kernel"]
 TOKEN_KERNELS = ["token_attention_forward_kernel", "token_query_gradient_kernel", "token_key_value_gradient_kernel"]
 
@@ -292,8 +301,9 @@ def test_every_configuration_of_maps_of_one_tile(name, precision, channels, toke
 @pytest.mark.parametrize("channels", [320, 512])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", DEVICES)
-def test_every_configuration_of_wide_maps(name, precision, channels, channels_last):
+def test_every_configuration_of_wide_maps(name, precision, channels, channels_last, monkeypatch):
     check(name, precision, channels, kernels=WIDE_KERNELS, channels_last=channels_last)
+    monkeypatch.setattr(visattn_kernels, "gradient_splits", lambda *_: (visattn_kernels.Splits(2, 256),) * 2)
     check(name, precision, channels, tokens=512, kernels=WIDE_SPLIT_KERNELS, channels_last=channels_last, maps=1)
 
 
@@ -305,7 +315,8 @@ def test_every_configuration_of_wide_maps(name, precision, channels, channels_la
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_split_keys(name, precision, channels, channels_last, monkeypatch):
     """Whether or not these sizes are split."""
-    monkeypatch.setattr(visattn_kernels, "key_splits", lambda *_: (2, 512))
+    monkeypatch.setattr(visattn_kernels, "key_splits", lambda *_: visattn_kernels.Splits(2, 512))
+    monkeypatch.setattr(visattn_kernels, "gradient_splits", lambda *_: (visattn_kernels.Splits(2, 512),) * 2)
     known = (name, precision, channels, channels_last) == ("sm_90", "fp32 highest", 48, True)
     with only_problem("split_attention_forward_kernel spills 8 (255 registers)") if known else contextlib.nullcontext():
         check(name, precision, channels, kernels=SPLIT_KERNELS, channels_last=channels_last)

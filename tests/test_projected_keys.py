@@ -48,7 +48,7 @@ class TestSelection:
     def test_that_form_runs(self, channels, qk_channels, width, projected):
         launchers = {
             True: ("projected_attention_forward", "projected_attention_backward"),
-            False: ("attention_forward", "attention_backward", "single_tile_backward"),
+            False: ("attention_forward", "prepare_backward", "single_tile_backward"),
         }
         with mock.patch.multiple(kernels, **{name: mock.DEFAULT for name in launchers[not projected]}) as refused:
             run_layer(make_problem((1, channels, 4, width), qk_channels=qk_channels), "triton", PLACE)

@@ -74,7 +74,7 @@ def ran(monkeypatch):
         return call
 
     monkeypatch.setattr(kernels, "single_tile_backward", counted("single", kernels.single_tile_backward))
-    monkeypatch.setattr(kernels, "attention_backward", counted("other", kernels.attention_backward))
+    monkeypatch.setattr(kernels, "prepare_backward", counted("other", kernels.prepare_backward))
     return counts
 
 

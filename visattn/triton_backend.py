@@ -128,17 +128,52 @@ def _backward_folded(
 ) -> Gradients:  # fmt: skip
     """Fills d_tokens, unless it is None; the gradients of the weights, where needed."""
     w_q, b_q, w_k, _, w_v, _, gamma = weights
-    operands = (tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens)
     single_tile = kernels.single_tile_config(*tokens.shape, tokens.dtype, target)
     if single_tile is not None:
-        sums = kernels.single_tile_backward(*operands, scale=scale, residual=residual, need_sums=need_weights, config=single_tile)
+        sums = kernels.single_tile_backward(
+            tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, d_tokens,
+            scale=scale, residual=residual, need_sums=need_weights, config=single_tile,
+        )  # fmt: skip
     else:
         configs = kernels.backward_configs(tokens.shape[1], tokens.dtype, target)
-        d_u = kernels.attention_backward(*operands, scale=scale, residual=residual, configs=configs)
+        d_u = _attention_backward(tokens, g, weights, y, lse, d_tokens, scale, residual, configs, target)
         sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments) if need_weights else None
     if sums is None:
         return NO_GRADIENTS
     return kernels.weight_gradients(sums, *weights, scale=scale, config=kernels.weight_gradients_config(target))
+
+
+def _attention_backward(
+    tokens: Tensor, g: Tensor, weights: Weights, y: Tensor, lse: Tensor, d_tokens: Tensor | None,
+    scale: float, residual: bool, configs: kernels.BackwardConfigs, target: kernels.Target,
+) -> Tensor:  # fmt: skip
+    """Fills d_tokens, unless it is None, and returns the gradient of the folded queries (N, C, L)."""
+    w_q, b_q, w_k, _, w_v, _, gamma = weights
+    keys, queries = kernels.gradient_splits(*tokens.shape, configs)
+    u, d_y, delta = kernels.prepare_backward(tokens, g, w_q, b_q, w_k, w_v, gamma, y, lse, scale=scale, config=configs.prepare)
+    config = configs.query_gradient
+    if keys.number == 1:
+        d_u = kernels.query_gradient(tokens, g, u, d_y, y, lse, delta, w_q, w_k, d_tokens, scale=scale, residual=residual, config=config)
+    else:
+        d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=config)
+        if d_tokens is not None:
+            _project_back(d_u, w_q, w_k, g, d_tokens, scale, residual, target)
+    if d_tokens is not None:
+        operands = (tokens, u, d_y, lse, delta, d_tokens)
+        if queries.number == 1:
+            kernels.key_value_gradient(*operands, config=configs.key_value_gradient)
+        else:
+            kernels.split_key_value_gradient(*operands, queries, config=configs.key_value_gradient)
+    return d_u
+
+
+def _project_back(
+    d_u: Tensor, w_q: Tensor, w_k: Tensor, g: Tensor, d_tokens: Tensor, scale: float, residual: bool, target: kernels.Target
+) -> None:
+    """Fills d_tokens with what x receives through the folded queries, and with a residual past them: `scale · W_qᵀ W_k du + g`."""
+    product, _ = kernels.weight_product(w_q.flatten(1).mT, w_k.flatten(1), factor=scale, config=kernels.weight_product_config(target))
+    output = kernels.projection_configs(d_u.shape[1], d_u.dtype, target).qkv_projection
+    kernels.output_projection(d_u, product, None, None, None, g, d_tokens, residual=residual, factor=None, config=output)
 
 
 def _backward_projected(

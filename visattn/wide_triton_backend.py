@@ -56,7 +56,11 @@ def backward(
         product = _folded_projection(weights, scale * LOG2E, target)
         u = kernels.readable(folded_queries(weights, scale * LOG2E, tokens, product))
         d_y = torch.bmm(w_v.mT.expand(len(x), -1, -1), g, out=kernels.empty_with_strides_of(u))
-        d_u, delta = kernels.wide_query_gradient(tokens, u, d_y, y, lse, config=configs.query_gradient)
+        keys, queries = kernels.gradient_splits(*tokens.shape, configs)
+        if keys.number == 1:
+            d_u, delta = kernels.wide_query_gradient(tokens, u, d_y, y, lse, config=configs.query_gradient)
+        else:
+            d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=configs.query_gradient)
         d_x = None
         if need_x:
             d_x = empty_map_like(x)
@@ -66,7 +70,11 @@ def backward(
                 torch.add(g, through_queries, alpha=1 / LOG2E, out=d_tokens)
             else:
                 torch.mul(through_queries, 1 / LOG2E, out=d_tokens)
-            kernels.wide_key_value_gradient(tokens, u, d_y, lse, delta, d_tokens, config=configs.key_value_gradient)
+            operands = (tokens, u, d_y, lse, delta, d_tokens)
+            if queries.number == 1:
+                kernels.key_value_gradient(*operands, config=configs.key_value_gradient)
+            else:
+                kernels.split_key_value_gradient(*operands, queries, config=configs.key_value_gradient)
             deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, NO_GRADIENTS

@@ -33,6 +33,8 @@ NORMALIZED = "tests/test_normalized_maps.py"
 LSE = NORMALIZED + "::TestRawKeys::test_y_and_lse_are_those_of_the_normalised_map"
 OUTPUT = "tests/test_projected_output.py::test_blocks"
 RESIDUAL = "tests/test_correctness.py::test_residual_adds_the_map_once_and_passes_the_gradient_once"
+SPLIT_MEAN = "tests/test_gradient_splits.py::TestKernels::test_rounding_of_a_mean_does_not_reach_the_keys"
+GRADIENT_SPLITS = "tests/test_gradient_splits.py::TestKernels::test_branch_and_gradients"
 FOLDED_VALUES = "tests/test_folded_values.py"
 PRODUCT = FOLDED_VALUES + "::test_product_vector_and_outer_product"
 STATISTICS = NORMALIZED + "::TestStatistics::test_four_rows"
@@ -108,7 +110,7 @@ KERNELS = [
     in_interpreter("last tile of keys not taken by its loop, backward", "attention_backward",
                    "range(full_keys, num_keys, BLOCK_N)", "range(full_keys, full_keys, BLOCK_N)", BRANCH + WHOLE),
     in_interpreter("last tile of queries not taken by its loop", "attention_backward",
-                   "range(full_tokens, num_tokens, BLOCK_M)", "range(full_tokens, full_tokens, BLOCK_M)", BRANCH + WHOLE),
+                   "range(full_queries, num_queries, BLOCK_M)", "range(full_queries, full_queries, BLOCK_M)", BRANCH + WHOLE),
     in_interpreter("second half of a sum over the first", "primitives",
                    "first_c + part * total.shape[0]", "first_c", BRANCH + WHOLE),
     in_interpreter("second half of the query's gradient over the first", "attention_backward",
@@ -246,6 +248,18 @@ WIDE_MAPS = [
                    "store_query_gradient(acc, row_sum, y_ptr", "store_query_gradient(acc, row_sum * 0, y_ptr", WIDE_KEYS),
     in_interpreter("keys' gradient of the first channels only", "attention_backward",
                    "first_c = tile % parts * BLOCK_C", "first_c = 0", WIDE),
+    in_interpreter("queries of the first split for all", "gradient_splits",
+                   "step = n * stride_un + tl.cast(first_query, tl.int64) * stride_ul", "step = n * stride_un", GRADIENT_SPLITS),
+    in_interpreter("keys of the first split for all, backward", "gradient_splits",
+                   "tl.cast(first_key, tl.int64) * stride_xl", "0", GRADIENT_SPLITS),
+    in_interpreter("Δ not mended where keys are split", "gradient_splits",
+                   "other=0.0) + row_sum, mask", "other=0.0), mask", SPLIT_MEAN),
+    in_interpreter("what rounding leaves of Σ dS meets the map where keys are split", "gradient_splits",
+                   "True).to(tl.float32) * row_sum[None, :]", "True).to(tl.float32) * 0", SPLIT_MEAN),
+    in_interpreter("one split of the keys instead of their sum", "gradient_splits",
+                   "total += load_tile(split_ptr", "total = load_tile(split_ptr", GRADIENT_SPLITS),
+    in_interpreter("what passed through the queries overwritten", "gradient_splits",
+                   "total += load_tile(out_ptr", "total += 0 * load_tile(out_ptr", GRADIENT_SPLITS),
     in_interpreter("the two pairs of a sum exchanged", "token_moments",
                    "second = split % 2 == 1", "second = split % 2 == 0", BRANCH + SEVERAL_TILES),
     in_interpreter("strides of the first pair for the second", "token_moments",
