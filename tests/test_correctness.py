@@ -20,7 +20,7 @@ NARROW_SHAPES = [
     ((1, 72, 3, 27), 9),
 ]  # fmt: skip
 # Wider than one program accumulates, with parts that are nearly empty, half full and full, and with D, the regime and the mean.
-WIDE_CASES = [((1, 257, 6, 8), None, "peaked", 0.0), ((2, 320, 5, 7), 40, "peaked", 0.0), ((1, 512, 3, 7), 64, "uniform", 3.0)]
+WIDE_CASES = [((1, 257, 6, 8), None, "peaked", 0.0), ((2, 320, 5, 7), 40, "peaked", 0.0), ((1, 512, 3, 7), None, "uniform", 3.0)]
 PLACE = torch.device("cuda" if HAS_GPU else "cpu")
 LONG_SHAPES = [(1, 16, 25, 40), (1, 32, 31, 33), (1, 64, 32, 32), (1, 16, 25, 41), (1, 8, 64, 64)]
 
