@@ -422,16 +422,12 @@ def key_value_gradient(
     x, u (with log2(e)) and d_y (N, C, L), d_y with the strides of u; lse (N, L) base 2; delta (N, L), mended.
     """
     num_maps, num_channels, num_tokens = x.shape
-    block_c = min(block_channels(num_channels), FUSED_CHANNELS)
     launch(
-        key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n) * num_tiles(num_channels, block_c),
+        key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n) * num_tiles(num_channels, FUSED_CHANNELS),
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,
         d_x, *d_x.stride(),
         num_tokens,
-        C=num_channels,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        SPARE_REGISTERS=config.spares_registers(num_channels),
-        INPUT_PRECISION=config.input_precision, **config.options,
+        **config.blocks(num_channels), SPARE_REGISTERS=config.spares_registers(num_channels), **config.options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from .alignment import empty_with_strides_of
 from .attention_backward import delta_of_queries, key_value_gradient_of_all_queries, query_gradient_of_all_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .key_splits import empty_splits
-from .launch_config import FUSED_CHANNELS, LaunchConfig, Splits, block_channels, num_tiles
+from .launch_config import FUSED_CHANNELS, LaunchConfig, Splits, num_tiles
 from .launching import launch
 from .primitives import load_tile, locate, store_sum, store_tile, tile_offsets
 
@@ -161,7 +161,7 @@ def split_query_gradient(
         split_d_u, *split_d_u.stride(),
         lse, delta, row_sums,
         x.shape[2], *splits,
-        **_blocks(x, config), BLOCK_P=config.query_step(x.shape[1]), **config.options,
+        **config.blocks(x.shape[1]), BLOCK_P=config.query_step(x.shape[1]), **config.options,
     )  # fmt: skip
     _add_up(split_d_u, d_u, y, row_sums, delta, splits)
     return d_u, delta
@@ -180,7 +180,7 @@ def split_key_value_gradient(
         lse, delta,
         split_d_x, *split_d_x.stride(),
         x.shape[2], *splits,
-        **_blocks(x, config), SPARE_REGISTERS=config.spares_registers(x.shape[1]), **config.options,
+        **config.blocks(x.shape[1]), SPARE_REGISTERS=config.spares_registers(x.shape[1]), **config.options,
     )  # fmt: skip
     _add_up(split_d_x, d_x, None, None, None, splits)
 
@@ -207,17 +207,3 @@ def _add_up(
 
 def _programs(x: torch.Tensor, block: int) -> int:
     return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)
-
-
-def _blocks(x: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
-    """The constants that both kernels take."""
-    num_channels = x.shape[1]
-    block_c = min(block_channels(num_channels), FUSED_CHANNELS)
-    return {
-        "C": num_channels,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_C": block_c,
-        "BLOCK_K": min(config.block_k, block_c),
-        "INPUT_PRECISION": config.input_precision,
-    }

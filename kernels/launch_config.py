@@ -81,6 +81,18 @@ class LaunchConfig:
             options["maxnreg"] = self.max_registers
         return options
 
+    def blocks(self, num_channels: int) -> dict[str, int | str]:
+        """The constants of kernels whose programs accumulate FUSED_CHANNELS of maps that have more, and else all."""
+        block_c = min(block_channels(num_channels), FUSED_CHANNELS)
+        return {
+            "C": num_channels,
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_C": block_c,
+            "BLOCK_K": min(self.block_k, block_c),
+            "INPUT_PRECISION": self.input_precision,
+        }
+
     def steps_over_channels(self, num_channels: int) -> bool:
         """Whether tiles of tokens are too wide to stay in registers, so that the forward kernel parks them in `y`."""
         return self.block_k < block_channels(num_channels)

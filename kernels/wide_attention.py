@@ -115,7 +115,7 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
         split_y, *split_y.stride(),
         split_lse,
         num_tokens, splits, keys_per_split,
-        **_blocks(x, config), **config.options,
+        **config.blocks(x.shape[1]), **config.options,
     )  # fmt: skip
     if splits > 1:
         merge_splits(split_y, split_lse, y, lse)
@@ -136,22 +136,10 @@ def wide_query_gradient(
         y, d_u, *y.stride(),
         lse, delta,
         x.shape[2],
-        **_blocks(x, config), **config.options,
+        **config.blocks(x.shape[1]), **config.options,
     )  # fmt: skip
     return d_u, delta
 
 
 def _programs(x: torch.Tensor, block: int) -> int:
     return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)
-
-
-def _blocks(x: torch.Tensor, config: LaunchConfig) -> dict[str, int | str]:
-    """The constants that both kernels take."""
-    return {
-        "C": x.shape[1],
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_C": FUSED_CHANNELS,
-        "BLOCK_K": config.block_k,
-        "INPUT_PRECISION": config.input_precision,
-    }
