@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .launch_config import FUSED_CHANNELS, LaunchConfig, block_channels, num_tiles
+from .launch_config import LaunchConfig, block_channels, num_programs, num_tiles
 from .launching import launch
 from .primitives import (
     LN2,
@@ -421,9 +421,9 @@ def key_value_gradient(
 
     x, u (with log2(e)) and d_y (N, C, L), d_y with the strides of u; lse (N, L) base 2; delta (N, L), mended.
     """
-    num_maps, num_channels, num_tokens = x.shape
+    num_channels, num_tokens = x.shape[1:]
     launch(
-        key_value_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_n) * num_tiles(num_channels, FUSED_CHANNELS),
+        key_value_gradient_kernel, num_programs(config.block_n, *x.shape),
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,

@@ -12,7 +12,7 @@ from .alignment import empty_with_strides_of
 from .attention_backward import delta_of_queries, key_value_gradient_of_all_queries, query_gradient_of_all_keys
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
 from .key_splits import empty_splits
-from .launch_config import FUSED_CHANNELS, LaunchConfig, Splits, num_tiles
+from .launch_config import LaunchConfig, Splits, num_programs, num_tiles
 from .launching import launch
 from .primitives import load_tile, locate, store_sum, store_tile, tile_offsets
 
@@ -154,7 +154,7 @@ def split_query_gradient(
     d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
     split_d_u, row_sums = empty_splits(y, lse, splits.number)
     launch(
-        split_query_gradient_kernel, _programs(x, config.block_m) * splits.number,
+        split_query_gradient_kernel, num_programs(config.block_m, *x.shape) * splits.number,
         x, *x.stride(),
         u, d_y, *u.stride(),
         y, *y.stride(),
@@ -174,7 +174,7 @@ def split_key_value_gradient(
     """Adds to `d_x` (N, C, L) what x receives as keys and as values, in so many splits of the queries; delta (N, L) is mended."""
     split_d_x, _ = empty_splits(d_x, lse, splits.number)
     launch(
-        split_key_value_gradient_kernel, _programs(x, config.block_n) * splits.number,
+        split_key_value_gradient_kernel, num_programs(config.block_n, *x.shape) * splits.number,
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,
@@ -203,7 +203,3 @@ def _add_up(
         num_tokens, splits.number,
         C=num_channels, BLOCK_L=MERGE_TILE, BLOCK_C=MERGE_TILE, **MERGE_OPTIONS,
     )  # fmt: skip
-
-
-def _programs(x: torch.Tensor, block: int) -> int:
-    return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)

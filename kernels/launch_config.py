@@ -179,6 +179,11 @@ def attends_normalized(num_channels: int, dtype: torch.dtype, target: Target) ->
     return dtype == torch.bfloat16 and num_channels <= FUSED_CHANNELS and target.architecture != "cdna"
 
 
+def num_programs(block: int, num_maps: int, num_channels: int, num_tokens: int) -> int:
+    """Programs that own `block` tokens each, and of maps wider than FUSED_CHANNELS so many channels."""
+    return num_maps * num_tiles(num_tokens, block) * num_tiles(num_channels, FUSED_CHANNELS)
+
+
 class Splits(NamedTuple):
     """Into how many parts a loop over tokens is split, and tokens of each but the last, which may have fewer."""
 
@@ -216,7 +221,7 @@ def _splits_that_pay(num_maps: int, num_channels: int, num_tokens: int, block: i
     Forward a program meets 64 keys in some 560 + 5 C cycles, counted on Hopper for 64 queries in bf16; backward it takes longer. What
     splits take besides, two launches more and results in fp32, is SPLITS_TAKE.
     """
-    programs = num_maps * num_tiles(num_tokens, block) * num_tiles(num_channels, FUSED_CHANNELS)
+    programs = num_programs(block, num_maps, num_channels, num_tokens)
     if not 0 < 2 * programs <= FILLS_A_CHIP:
         return Splits(1, num_tokens)
     splits = token_splits(programs, num_tokens, step)

@@ -20,7 +20,7 @@ from .alignment import empty_with_strides_of
 from .attention_backward import delta_of_queries, query_gradient_of_all_keys, store_query_gradient
 from .attention_forward import attend_all_keys
 from .key_splits import empty_splits, merge_splits
-from .launch_config import FUSED_CHANNELS, LaunchConfig, num_tiles, token_splits
+from .launch_config import LaunchConfig, num_programs, token_splits
 from .launching import launch
 from .primitives import locate, store_tile, tile_offsets
 
@@ -105,7 +105,7 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
 
     x (N, C, L) and the folded queries u (N, C, L), which hold scale and log2(e). Strides are free, lse is contiguous.
     """
-    programs, num_tokens = _programs(x, config.block_m), x.shape[2]
+    programs, num_tokens = num_programs(config.block_m, *x.shape), x.shape[2]
     splits, keys_per_split = token_splits(programs, num_tokens, config.block_n)
     split_y, split_lse = empty_splits(y, lse, splits) if splits > 1 else (y, lse)
     launch(
@@ -130,7 +130,7 @@ def wide_query_gradient(
     """
     d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
     launch(
-        wide_query_gradient_kernel, _programs(x, config.block_m),
+        wide_query_gradient_kernel, num_programs(config.block_m, *x.shape),
         x, *x.stride(),
         u, d_y, *u.stride(),
         y, d_u, *y.stride(),
@@ -139,7 +139,3 @@ def wide_query_gradient(
         **config.blocks(x.shape[1]), **config.options,
     )  # fmt: skip
     return d_u, delta
-
-
-def _programs(x: torch.Tensor, block: int) -> int:
-    return x.shape[0] * num_tiles(x.shape[2], block) * num_tiles(x.shape[1], FUSED_CHANNELS)

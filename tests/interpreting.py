@@ -1,7 +1,7 @@
-"""Triton's interpreter in half the time.
+"""Triton's interpreter, quicker: two files of tests took a third less, a block by itself half.
 
 Whenever a kernel starts, and again at each call of a device function within it, the interpreter looks through all of `triton.language` for
-what it has to replace, which takes as long as everything else it does. Here it looks once a launch.
+what it has to replace, which takes up to as long as everything else it does. Here it looks once a launch.
 """
 
 from types import FunctionType
