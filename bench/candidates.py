@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def neighbours(entry: Entry, present: kernels.LaunchConfig) -> list[kernels.Laun
     values["max_registers"] = [255 if present.max_registers is None else None]
     ones = [{name: value} for name, found in values.items() for value in found]
     twos = [a | b for a, b in itertools.combinations(ones, 2) if a.keys() != b.keys()]
-    return [replace(present, **changes) for changes in ones + twos]
+    return [present._replace(**changes) for changes in ones + twos]
 
 
 def winner(present: kernels.LaunchConfig, rounds: dict[kernels.LaunchConfig, list[float]]) -> kernels.LaunchConfig:

@@ -173,7 +173,7 @@ def _starts(case: Case, rounds: int) -> list[Row]:
         for kernel, grid, args, constants in asked_launches(case):
             ways = {
                 TRITON_S_START: _Batches(functools.partial(kernel[grid], *args, **constants)),
-                OUR_START: _Batches(functools.partial(kernels.launching.launch, kernel, *grid, *args, **constants)),
+                OUR_START: _Batches(functools.partial(kernels.launching.launch, kernel, *grid, constants, *args)),
             }
             for _ in range(rounds):
                 for batch in ways.values():

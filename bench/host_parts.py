@@ -163,10 +163,14 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "projected_configs", "launch configuration"),
     (kernels, "single_tile_config", "launch configuration"),
     (kernels, "weight_gradients_config", "launch configuration"),
+    (kernels, "key_splits", "launch configuration"),
+    (kernels, "gradient_splits", "launch configuration"),
     (triton_backend, "empty_map_like", "allocation"),
     (torch, "zeros_like", "allocation"),
     (kernels, "attention_forward", "arguments of launches"),
-    (kernels, "attention_backward", "arguments of launches"),
+    (kernels, "prepare_backward", "arguments of launches"),
+    (kernels, "query_gradient", "arguments of launches"),
+    (kernels, "key_value_gradient", "arguments of launches"),
     (kernels, "projected_attention_forward", "arguments of launches"),
     (kernels, "projected_attention_backward", "arguments of launches"),
     (kernels, "qkv_projection", "arguments of launches"),
@@ -193,7 +197,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        self._note("launches, stubbed", lambda: kernels.launching.launch(kernel, *grid, *args, **kwargs))
+        self._note("launches, stubbed", lambda: kernels.launching.launch(kernel, *grid, kwargs, *args))
 
     def recorded(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

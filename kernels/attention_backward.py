@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .launch_config import LaunchConfig, block_channels, num_programs, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_programs, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import (
     LN2,
     LOG2E,
@@ -338,6 +338,16 @@ def key_value_gradient_kernel(
     store_sum(acc, d_x_ptr, stride_dc, stride_dl, d_x_ptr, stride_dc, stride_dl, first_c, offs_n, C, num_tokens, SPARE_REGISTERS)
 
 
+@remembered
+def _prepare_constants(num_channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+    block_c = block_channels(num_channels)
+    return dict(
+        C=num_channels, D=qk_channels,
+        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def prepare_backward(
     x: torch.Tensor,
     d_out: torch.Tensor,
@@ -357,21 +367,29 @@ def prepare_backward(
     x, d_out (N, C, L); `y` (N, C, L) and `lse` (N, L) as the forward pass left them; weights are contiguous.
     """
     num_maps, num_channels, num_tokens = x.shape
-    block_c = block_channels(num_channels)
     u, d_y, delta = empty_with_strides_of(y), empty_with_strides_of(y), torch.empty_like(lse)
     launch(
         prepare_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _prepare_constants(num_channels, w_q.shape[0], config),
         x, *x.stride(),
         d_out, *d_out.stride(),
         w_q, b_q, w_k, w_v, gamma,
         y, u, d_y, *y.stride(),
         delta,
         num_tokens, scale,
-        C=num_channels, D=w_q.shape[0],
-        BLOCK_M=config.block_m, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return u, d_y, delta
+
+
+@remembered
+def _query_constants(num_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    block_c = block_channels(num_channels)
+    return dict(
+        C=num_channels, D=qk_channels, RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
 
 
 def query_gradient(
@@ -395,10 +413,10 @@ def query_gradient(
     u, dy and Δ as `prepare_backward` gives them, the rest as it took it; Δ is mended. With `residual` d_x has d_out besides.
     """
     num_maps, num_channels, num_tokens = x.shape
-    block_c = block_channels(num_channels)
     d_u = empty_with_strides_of(y)
     launch(
         query_gradient_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _query_constants(num_channels, w_q.shape[0], residual, config),
         x, *x.stride(),
         d_out, *d_out.stride(),
         u, d_y, *u.stride(),
@@ -406,12 +424,14 @@ def query_gradient(
         lse, delta, w_q, w_k,
         d_x, *((0, 0, 0) if d_x is None else d_x.stride()),
         num_tokens, scale,
-        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return d_u
+
+
+@remembered
+def key_value_constants(num_channels: int, config: LaunchConfig) -> Constants:
+    """Those of the kernel whose queries are split as well."""
+    return {**config.blocks(num_channels), "SPARE_REGISTERS": config.spares_registers(num_channels), **config.options}
 
 
 def key_value_gradient(
@@ -424,10 +444,10 @@ def key_value_gradient(
     num_channels, num_tokens = x.shape[1:]
     launch(
         key_value_gradient_kernel, num_programs(config.block_n, *x.shape),
+        key_value_constants(num_channels, config),
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,
         d_x, *d_x.stride(),
         num_tokens,
-        **config.blocks(num_channels), SPARE_REGISTERS=config.spares_registers(num_channels), **config.options,
     )  # fmt: skip

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import (
     LOG2E,
     NORM_ROWS,
@@ -196,6 +196,17 @@ def attention_forward_kernel(
     )  # fmt: skip
 
 
+@remembered
+def _constants(num_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    block_c = block_channels(num_channels)
+    return dict(
+        C=num_channels, D=qk_channels, RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def attention_forward(
     x: torch.Tensor,
     w_q: torch.Tensor,
@@ -219,16 +230,12 @@ def attention_forward(
     `config.parks_queries`. norm: what `group_statistics` tells of x, where the normalised map attends.
     """
     num_maps, num_channels, num_tokens = x.shape
-    block_c = block_channels(num_channels)
     launch(
         attention_forward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _constants(num_channels, w_q.shape[0], residual, config),
         x, *x.stride(),
         w_q, b_q, w_k, w_v, b_v, gamma,
         out, y, *out.stride(),
         lse, norm,
         num_tokens, scale,
-        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .attention_backward import delta_of_queries, key_value_gradient_of_all_queries, query_gradient_of_all_keys
-from .block_sizes import MERGE_OPTIONS, MERGE_TILE
-from .key_splits import empty_splits
-from .launch_config import LaunchConfig, Splits, num_programs, num_tiles
-from .launching import launch
+from .attention_backward import delta_of_queries, key_value_constants, key_value_gradient_of_all_queries, query_gradient_of_all_keys
+from .block_sizes import MERGE_TILE
+from .key_splits import empty_splits, merge_constants
+from .launch_config import LaunchConfig, Splits, num_programs, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import load_tile, locate, store_sum, store_tile, tile_offsets
 
 
@@ -144,6 +144,11 @@ def add_up_splits_kernel(
     store_tile(out_ptr, out_offsets, total, offs_c, offs_l, C, num_tokens)
 
 
+@remembered
+def _query_constants(num_channels: int, config: LaunchConfig) -> Constants:
+    return {**config.blocks(num_channels), "BLOCK_P": config.query_step(num_channels), **config.options}
+
+
 def split_query_gradient(
     x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, splits: Splits, *, config: LaunchConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,13 +160,13 @@ def split_query_gradient(
     split_d_u, row_sums = empty_splits(y, lse, splits.number)
     launch(
         split_query_gradient_kernel, num_programs(config.block_m, *x.shape) * splits.number,
+        _query_constants(x.shape[1], config),
         x, *x.stride(),
         u, d_y, *u.stride(),
         y, *y.stride(),
         split_d_u, *split_d_u.stride(),
         lse, delta, row_sums,
         x.shape[2], *splits,
-        **config.blocks(x.shape[1]), BLOCK_P=config.query_step(x.shape[1]), **config.options,
     )  # fmt: skip
     _add_up(split_d_u, d_u, y, row_sums, delta, splits)
     return d_u, delta
@@ -175,12 +180,12 @@ def split_key_value_gradient(
     split_d_x, _ = empty_splits(d_x, lse, splits.number)
     launch(
         split_key_value_gradient_kernel, num_programs(config.block_n, *x.shape) * splits.number,
+        key_value_constants(x.shape[1], config),
         x, *x.stride(),
         u, d_y, *u.stride(),
         lse, delta,
         split_d_x, *split_d_x.stride(),
         x.shape[2], *splits,
-        **config.blocks(x.shape[1]), SPARE_REGISTERS=config.spares_registers(x.shape[1]), **config.options,
     )  # fmt: skip
     _add_up(split_d_x, d_x, None, None, None, splits)
 
@@ -196,10 +201,10 @@ def _add_up(
     num_maps, num_channels, num_tokens = out.shape
     launch(
         add_up_splits_kernel, num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),
+        merge_constants(num_channels),
         parts, *parts.stride(),
         out, *out.stride(),
         y, *((0, 0, 0) if y is None else y.stride()),
         row_sums, delta,
         num_tokens, splits.number,
-        C=num_channels, BLOCK_L=MERGE_TILE, BLOCK_C=MERGE_TILE, **MERGE_OPTIONS,
     )  # fmt: skip

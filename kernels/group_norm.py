@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .block_sizes import MOMENTS_OPTIONS, MOMENTS_TILE
-from .launch_config import num_tiles, token_splits
-from .launching import launch
+from .launch_config import num_tiles, remembered, token_splits
+from .launching import Constants, launch
 from .primitives import NORM_ROWS, load_tile, locate, tile_offsets
 
 
@@ -110,6 +110,17 @@ def group_statistics_kernel(
     tl.store(norm_ptr + 3 * C, factor * off_centre + bias, mask=inside)
 
 
+@remembered
+def _moments_constants(num_channels: int) -> Constants:
+    return {"C": num_channels, "BLOCK_C": MOMENTS_TILE, "BLOCK_L": MOMENTS_TILE, **MOMENTS_OPTIONS}
+
+
+@remembered
+def _statistics_constants(num_channels: int, num_groups: int) -> Constants:
+    block_c = triton.next_power_of_2(num_channels // num_groups)
+    return {"C": num_channels, "GROUPS": num_groups, "BLOCK_C": block_c, **MOMENTS_OPTIONS}
+
+
 def group_statistics(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, num_groups: int, eps: float) -> torch.Tensor:
     """(N, 4, C) in fp32 for x (N, C, L): the rows `mean`, `factor` and `bias` of `h = factor · (x - mean) + bias`, and the mean of h.
 
@@ -121,18 +132,17 @@ def group_statistics(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.T
     moments = torch.empty((num_maps, splits, 2, num_channels), dtype=torch.float32, device=x.device)
     launch(
         channel_moments_kernel, num_maps * splits * parts,
+        _moments_constants(num_channels),
         x, *x.stride(),
         moments,
         num_tokens, splits, tokens_per_split,
-        C=num_channels, BLOCK_C=MOMENTS_TILE, BLOCK_L=MOMENTS_TILE, **MOMENTS_OPTIONS,
     )  # fmt: skip
     norm = torch.empty((num_maps, NORM_ROWS.value, num_channels), dtype=torch.float32, device=x.device)
     launch(
         group_statistics_kernel, num_maps * num_groups,
+        _statistics_constants(num_channels, num_groups),
         x, *x.stride()[:2],
         moments, weight, bias, norm,
         num_tokens, splits, tokens_per_split, eps,
-        C=num_channels, GROUPS=num_groups, BLOCK_C=triton.next_power_of_2(num_channels // num_groups),
-        **MOMENTS_OPTIONS,
     )  # fmt: skip
     return norm

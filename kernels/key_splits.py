@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .attention_forward import attend_all_keys, attended, fold_queries
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import NORM_ROWS, load_tile, locate, store_sum, store_tile, tile_offsets
 
 
@@ -100,6 +100,17 @@ def merge_splits_kernel(
         tl.store(lse_ptr + n * num_tokens + offs_l, highest + tl.log2(total), mask=inside)
 
 
+@remembered
+def _split_constants(num_channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+    block_c = block_channels(num_channels)
+    return dict(
+        C=num_channels, D=qk_channels,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
+        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def split_attention_forward(
     x: torch.Tensor,
     w_q: torch.Tensor,
@@ -116,20 +127,16 @@ def split_attention_forward(
 ) -> None:
     """Fills `y` (N, C, L) and `lse` (N, L) from x (N, C, L), as `attention_forward` does, in so many splits as `key_splits` says."""
     num_channels, num_tokens = x.shape[1:]
-    block_c = block_channels(num_channels)
     split_y, split_lse = empty_splits(y, lse, splits)
     parks_apart = config.parks_queries(num_channels) and x.dtype != split_y.dtype
     launch(
         split_attention_forward_kernel, len(split_y) * num_tiles(num_tokens, config.block_m),
+        _split_constants(num_channels, w_q.shape[0], config),
         x, *x.stride(),
         w_q, b_q, w_k,
         split_y, torch.empty_like(split_y, dtype=x.dtype) if parks_apart else None, *split_y.stride(),
         split_lse, norm,
         num_tokens, splits, keys_per_split, scale,
-        C=num_channels, D=w_q.shape[0],
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     merge_splits(split_y, split_lse, y, lse)
 
@@ -142,15 +149,21 @@ def empty_splits(y: torch.Tensor, lse: torch.Tensor, splits: int) -> tuple[torch
     return empty.mT if channels_last else empty, lse.new_empty((rows, length))
 
 
+@remembered
+def merge_constants(num_channels: int) -> Constants:
+    """Those of the kernel that adds up gradients as well."""
+    return {"C": num_channels, "BLOCK_L": MERGE_TILE, "BLOCK_C": MERGE_TILE, **MERGE_OPTIONS}
+
+
 def merge_splits(split_y: torch.Tensor, split_lse: torch.Tensor, y: torch.Tensor, lse: torch.Tensor) -> None:
     """Fills `y` (N, C, L) and `lse` (N, L) from those of splits, (N · splits, C, L) and (N · splits, L)."""
     num_maps, num_channels, num_tokens = y.shape
     launch(
         merge_splits_kernel, num_maps * num_tiles(num_tokens, MERGE_TILE) * num_tiles(num_channels, MERGE_TILE),
+        merge_constants(num_channels),
         split_y, *split_y.stride(),
         split_lse,
         y, *y.stride(),
         lse,
         num_tokens, len(split_y) // num_maps,
-        C=num_channels, BLOCK_L=MERGE_TILE, BLOCK_C=MERGE_TILE, **MERGE_OPTIONS,
     )  # fmt: skip

@@ -36,9 +36,11 @@ FILLS_A_CHIP = 128
 """So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
 depend on it."""
 
-
 SPLITS_TAKE = 16_000
 """Cycles that a program has to be saved by splitting the keys: about 9 µs."""
+
+remembered = functools.lru_cache(maxsize=4096)
+"""For answers about a problem, of which there are as many as sizes of maps."""
 
 
 class Target(NamedTuple):
@@ -53,9 +55,8 @@ class Target(NamedTuple):
     fp32_precision: str
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched.
+class LaunchConfig(NamedTuple):
+    """How one kernel is launched. A tuple, whose hash costs little: constants of launches are remembered by it.
 
     block_m: query tokens a program, for `qkv_projection` tokens a program, for `token_moments` channels of the left factor.
     block_n: key tokens a step, for `token_moments` tokens a step. block_k: channels of a dot between two tiles of tokens
@@ -73,7 +74,7 @@ class LaunchConfig:
     input_precision: str
     max_registers: int | None = None
 
-    @functools.cached_property
+    @property
     def options(self) -> dict[str, int | bool]:
         """The compiler's options, as a launch takes them. Fusing a multiply and an add is asked for, not left to a default."""
         options: dict[str, int | bool] = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -160,6 +161,7 @@ class TokenConfigs:
     key_value_gradient: LaunchConfig
 
 
+@functools.cache
 def block_channels(num_channels: int) -> int:
     """Channels of a tile: the next power of two, and at least the 16 that a dot needs."""
     return max(16, 1 << (num_channels - 1).bit_length())
@@ -191,7 +193,7 @@ class Splits(NamedTuple):
     tokens: int
 
 
-@functools.cache
+@remembered
 def token_splits(programs: int, num_tokens: int, block: int) -> Splits:
     """Where so many programs would go through all tokens by steps of `block`: as many as a chip takes, with four steps at least."""
     steps = num_tiles(num_tokens, block)
@@ -215,6 +217,7 @@ def gradient_splits(num_maps: int, num_channels: int, num_tokens: int, configs: 
     return keys if num_channels >= 16 else Splits(1, num_tokens), queries
 
 
+@remembered
 def _splits_that_pay(num_maps: int, num_channels: int, num_tokens: int, block: int, step: int) -> Splits:
     """`token_splits` for programs that own `block` tokens each, or one split where that would not pay.
 
@@ -229,6 +232,7 @@ def _splits_that_pay(num_maps: int, num_channels: int, num_tokens: int, block: i
     return splits if saved >= SPLITS_TAKE else Splits(1, num_tokens)
 
 
+@remembered
 def projects_keys(num_maps: int, num_channels: int, num_tokens: int, qk_channels: int, dtype: torch.dtype, target: Target) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
 
@@ -261,7 +265,7 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
     return BackwardConfigs(*_configs(num_channels, dtype, target)[1:])
 
 
-@functools.cache
+@remembered
 def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype: torch.dtype, target: Target) -> LaunchConfig | None:
     """The configuration of `single_tile_backward`, or None where a map is not one tile, or the kernels of larger maps have to do it.
 

@@ -14,32 +14,37 @@ ALIGNMENT = 16
 MAX_REMEMBERED = 4096
 """Problems whose kernels are remembered; after so many different ones all are found anew, by Triton."""
 
-_remembered: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
-"""By what launches depend on, the compiled kernel and the constants that follow its arguments."""
+Constants = dict[str, Any]
+"""A kernel's constants by name, options of the compiler among them. Each is made once: a kernel is found again by the dict itself."""
+
+_remembered: dict[tuple[Any, ...], tuple[Any, list[Any], Constants]] = {}
+"""By what launches depend on, the compiled kernel and the values that follow its arguments; and the constants, or another dict might get
+their number."""
 
 
-def launch(kernel: JITFunction, programs: int, *args: Any, **constants: Any) -> None:
+def launch(kernel: JITFunction, programs: int, constants: Constants, *args: Any) -> None:
     """Starts so many programs of a kernel, as `kernel[(programs,)](*args, **constants)` does, on the current device.
 
-    args: the kernel's first arguments, a tensor before all others: tensors, whole numbers, floats and None. constants: its constants, all
-    that follow, and options of the compiler. The key takes the values of whole numbers, of which Triton asks whether they are 1, multiples
-    of 16 or large; of tensors the dtype, and whether they are aligned; of floats nothing.
+    args: the kernel's first arguments, a tensor before all others: tensors, whole numbers, floats and None. constants: all that follow.
+    The key takes the values of whole numbers, of which Triton asks whether they are 1, multiples of 16 or large; of tensors the dtype, and
+    whether they are aligned; of floats nothing.
     """
-    kinds = [
-        arg if arg is None or arg.__class__ is int
-        else float if arg.__class__ is float
-        else arg.dtype if arg.data_ptr() % ALIGNMENT == 0
-        else (arg.dtype,)
-        for arg in args
-    ]  # fmt: skip
-    key = (id(kernel), args[0].get_device(), *constants, *constants.values(), *kinds)
-    remembered = _remembered.get(key)
-    if remembered is not None:
-        compiled, rest = remembered
+    key: list[Any] = [id(kernel), id(constants), args[0].get_device()]
+    for arg in args:
+        kind = arg.__class__
+        if kind is int or arg is None:
+            key.append(arg)
+        elif kind is float:
+            key.append(float)
+        else:
+            key.append(arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype,))
+    found = _remembered.get(tuple(key))
+    if found is not None:
+        compiled, rest, _ = found
         compiled[programs, 1, 1](*args, *rest)
         return
     compiled = kernel[(programs,)](*args, **constants)
     if compiled is not None:  # the interpreter compiles nothing
         if len(_remembered) >= MAX_REMEMBERED:
             _remembered.clear()
-        _remembered[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+        _remembered[tuple(key)] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]], constants

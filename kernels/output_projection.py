@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_aligned
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import gradient_of_y, load_tile, locate, store_output, store_tile, tile_offsets
 
 
@@ -37,6 +37,15 @@ def output_projection_kernel(
     )  # fmt: skip
 
 
+@remembered
+def _constants(channels: int, value_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, V=value_channels, RESIDUAL=residual,
+        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def output_projection(
     y: torch.Tensor,
     weight: torch.Tensor,
@@ -54,14 +63,12 @@ def output_projection(
     num_maps, value_channels, num_tokens = y.shape
     launch(
         output_projection_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _constants(x.shape[1], value_channels, residual, config),
         y, *y.stride(),
         weight, b_y, bias, gamma,
         x, *x.stride(),
         out, *out.stride(),
         num_tokens, factor,
-        C=x.shape[1], V=value_channels, RESIDUAL=residual,
-        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
 
@@ -88,6 +95,15 @@ def output_projection_backward_kernel(
     store_tile(d_y_ptr, n * stride_yn + tile_offsets(offs_v, offs_l, stride_yc, stride_yl), d_y, offs_v, offs_l, V, num_tokens)
 
 
+@remembered
+def _backward_constants(channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, V=value_channels,
+        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def output_projection_backward(g: torch.Tensor, weight: torch.Tensor, gamma: torch.Tensor | None, *, config: LaunchConfig) -> torch.Tensor:
     """The gradient of y (N, V, L), in aligned rows, from g (N, C, L), that of the sum times its factor, any strides; weight (C, V)."""
     num_maps, num_channels, num_tokens = g.shape
@@ -95,12 +111,10 @@ def output_projection_backward(g: torch.Tensor, weight: torch.Tensor, gamma: tor
     d_y = empty_aligned(g, (num_maps, value_channels, num_tokens))
     launch(
         output_projection_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _backward_constants(num_channels, value_channels, config),
         g, *g.stride(),
         weight, gamma,
         d_y, *d_y.stride(),
         num_tokens,
-        C=num_channels, V=value_channels,
-        BLOCK_L=config.block_m, BLOCK_V=block_channels(value_channels), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return d_y

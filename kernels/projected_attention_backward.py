@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .launch_config import ProjectedConfigs, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, ProjectedConfigs, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import (
     LN2,
     dot_over_channels,
@@ -281,6 +281,37 @@ def projected_key_value_gradient_kernel(
         store_tile(d_x_ptr, d_x_offsets, d_x, offs_cv, offs_n, C_V, num_keys)
 
 
+@remembered
+def _prepare_constants(channels: int, value_channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, C_V=value_channels, D=qk_channels,
+        BLOCK_M=config.block_m, BLOCK_CV=block_channels(value_channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
+@remembered
+def _query_constants(channels: int, value_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    block_cv = block_channels(value_channels)
+    return dict(
+        C=channels, C_V=value_channels, D=qk_channels, RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_channels(channels), BLOCK_CV=block_cv,
+        BLOCK_D=block_channels(qk_channels), BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
+@remembered
+def _key_value_constants(value_channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+    block_cv = block_channels(value_channels)
+    return dict(
+        C_V=value_channels, D=qk_channels,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_channels(qk_channels),
+        BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def projected_attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -305,29 +336,25 @@ def projected_attention_backward(
     """
     num_maps, qk_channels, num_queries = q.shape
     value_channels, num_keys = v.shape[1:]
-    num_channels = d_out.shape[1]
-    block_c, block_cv, block_d = block_channels(num_channels), block_channels(value_channels), block_channels(qk_channels)
+    widths = (d_out.shape[1], value_channels, qk_channels)
     d_y, mean_k, d_q, d_k = (empty_with_strides_of(t) for t in (y, q, q, k))
     delta = torch.empty_like(lse)
     d_x_strides = (0, 0, 0) if d_x is None else d_x.stride()
 
-    config = configs.prepare
     launch(
-        prepare_projected_backward_kernel, num_maps * num_tiles(num_queries, config.block_m),
+        prepare_projected_backward_kernel, num_maps * num_tiles(num_queries, configs.prepare.block_m),
+        _prepare_constants(*widths, configs.prepare),
         d_out, *d_out.stride(),
         y, d_y, *y.stride(),
         mean_k, *q.stride(),
         w_k, w_v, gamma,
         delta,
         num_queries,
-        C=num_channels, C_V=value_channels, D=qk_channels,
-        BLOCK_M=config.block_m, BLOCK_CV=block_cv, BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
-    config = configs.query_gradient
     launch(
-        projected_query_gradient_kernel, num_maps * num_tiles(num_queries, config.block_m),
+        projected_query_gradient_kernel, num_maps * num_tiles(num_queries, configs.query_gradient.block_m),
+        _query_constants(*widths, residual, configs.query_gradient),
         q, mean_k, d_q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -336,15 +363,11 @@ def projected_attention_backward(
         d_out, *d_out.stride(),
         w_q, d_x, *d_x_strides,
         num_queries, num_keys, scale,
-        C=num_channels, C_V=value_channels, D=qk_channels, RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_CV=block_cv, BLOCK_D=block_d,
-        BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
-    config = configs.key_value_gradient
     launch(
-        projected_key_value_gradient_kernel, num_maps * num_tiles(num_keys, config.block_n),
+        projected_key_value_gradient_kernel, num_maps * num_tiles(num_keys, configs.key_value_gradient.block_n),
+        _key_value_constants(value_channels, qk_channels, configs.key_value_gradient),
         q, *q.stride(),
         k, d_k, *k.stride(),
         v, *v.stride(),
@@ -352,9 +375,5 @@ def projected_attention_backward(
         lse, delta, w_k,
         d_x, *d_x_strides,
         num_queries, num_keys,
-        C_V=value_channels, D=qk_channels,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_d,
-        BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return d_q, d_k

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import attend_tile, dot_over_channels, load_tile, locate, store_output, store_tile, tile_offsets
 
 
@@ -103,6 +103,17 @@ def projected_attention_forward_kernel(
     )  # fmt: skip
 
 
+@remembered
+def _constants(channels: int, value_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    block_cv = block_channels(value_channels)
+    return dict(
+        C=channels, C_V=value_channels, D=qk_channels, RESIDUAL=residual,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_channels(qk_channels),
+        BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def projected_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -125,9 +136,9 @@ def projected_attention_forward(
     """
     num_maps, qk_channels, num_queries = q.shape
     value_channels, num_keys = v.shape[1:]
-    block_cv, block_d = block_channels(value_channels), block_channels(qk_channels)
     launch(
         projected_attention_forward_kernel, num_maps * num_tiles(num_queries, config.block_m),
+        _constants(x.shape[1], value_channels, qk_channels, residual, config),
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -137,8 +148,4 @@ def projected_attention_forward(
         y, *((0, 0, 0) if y is None else y.stride()),
         lse,
         num_queries, num_keys,
-        C=x.shape[1], C_V=value_channels, D=qk_channels, RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_d,
-        BLOCK_K=min(config.block_k, block_cv), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import load_rows
 from .token_moments import PartialMoments
 from .weight_gradients import added_up, store_value_gradients, sum_of_rows, sum_of_splits
@@ -87,6 +87,14 @@ def projection_gradients_kernel(
         )  # fmt: skip
 
 
+@remembered
+def _constants(channels: int, qk_channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, D=qk_channels, V=value_channels,
+        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=config.block_d, **config.options,
+    )  # fmt: skip
+
+
 def projection_gradients(
     moments: PartialMoments,
     value_moments: PartialMoments,
@@ -111,18 +119,18 @@ def projection_gradients(
     """
     (qk_channels, channels), value_channels = w_q.shape[:2], w_v.shape[0]
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
+    constants = _constants(channels, qk_channels, value_channels, config)
     tiles = num_tiles(qk_channels, config.block_n) * num_tiles(channels, config.block_n)
-    block_k = min(config.block_k, block_channels(channels))
-    value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, block_k if y_total is None else config.block_n)
+    columns = constants["BLOCK_K"] if y_total is None else config.block_n
+    value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, columns)
     d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
         projection_gradients_kernel, 2 * tiles + value_tiles,
+        constants,
         *moments, value_moments.product, value_moments.total, y_total,
         w_v, b_v, gamma,
         *gradients, d_gamma,
         len(moments.product), len(value_moments.product), scale, 1 / num_tokens,
-        C=channels, D=qk_channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
-        **config.options,
     )  # fmt: skip
     return *gradients, added_up(d_gamma, gamma)
 
@@ -157,6 +165,14 @@ def output_gradients_kernel(
         tl.store(d_b_y_ptr + offs_v, d_b_y.to(d_b_y_ptr.dtype.element_ty), mask=offs_v < V)
 
 
+@remembered
+def _output_constants(channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, V=value_channels,
+        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(value_channels)), BLOCK_S=config.block_d, **config.options,
+    )  # fmt: skip
+
+
 def output_gradients(
     moments: PartialMoments,
     w: torch.Tensor,
@@ -172,17 +188,16 @@ def output_gradients(
     """
     channels, value_channels = w.shape[:2]
     d_w, d_b_y, d_b = (None if t is None else torch.empty_like(t) for t in (w, b_y, b))
-    block_k = min(config.block_k, block_channels(value_channels))
-    parts = num_tiles(value_channels, block_k)
+    constants = _output_constants(channels, value_channels, config)
+    parts = num_tiles(value_channels, constants["BLOCK_K"])
     tiles = num_tiles(channels, config.block_n) * parts
     d_gamma = None if gamma is None else moments.product.new_empty(tiles)
     launch(
         output_gradients_kernel, tiles if b_y is None else tiles + parts,
+        constants,
         moments.product, moments.total,
         w, b_y, b, gamma,
         d_w, d_b_y, d_b, d_gamma,
         len(moments.product),
-        C=channels, V=value_channels, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
-        **config.options,
     )  # fmt: skip
     return d_w, d_b_y, d_b, added_up(d_gamma, gamma)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_aligned
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import NORM_ROWS, load_normalized, locate, project_back, project_tile, store_tile, tile_offsets
 
 
@@ -65,6 +65,15 @@ def qkv_projection_kernel(
         )  # fmt: skip
 
 
+@remembered
+def _constants(channels: int, d_q: int, d_k: int, d_v: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, D_Q=d_q, D_K=d_k, D_V=d_v,
+        BLOCK_L=config.block_m, BLOCK_C=block_channels(channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def qkv_projection(
     x: torch.Tensor,
     q: Projection | None = None,
@@ -89,12 +98,10 @@ def qkv_projection(
         arguments += [*(projection or (None, None, None)), out, *((0, 0, 0) if out is None else out.stride())]
     launch(
         qkv_projection_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _constants(num_channels, *rows, config),
         x, *x.stride(),
         *arguments,
         norm, centre, 0 if centre is None else centre.stride(0), shift, num_tokens,
-        C=num_channels, D_Q=rows[0], D_K=rows[1], D_V=rows[2],
-        BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return out_q, out_k, out_v, shift
 
@@ -130,6 +137,15 @@ def qkv_projection_backward_kernel(
     store_tile(d_x_ptr, n * stride_dn + tile_offsets(offs_c, offs_l, stride_dc, stride_dl), tl.trans(d_x), offs_c, offs_l, C, num_tokens)
 
 
+@remembered
+def _backward_constants(channels: int, d_qk: int, d_v: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, D_QK=d_qk, D_V=d_v,
+        BLOCK_L=config.block_m, BLOCK_C=block_channels(channels), BLOCK_R=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def qkv_projection_backward(
     d_q: torch.Tensor,
     d_k: torch.Tensor,
@@ -148,12 +164,10 @@ def qkv_projection_backward(
     num_maps, num_channels, num_tokens = d_x.shape
     launch(
         qkv_projection_backward_kernel, num_maps * num_tiles(num_tokens, config.block_m),
+        _backward_constants(num_channels, d_q.shape[1], d_v.shape[1], config),
         d_q, *d_q.stride(), w_q,
         d_k, *d_k.stride(), w_k,
         d_v, *d_v.stride(), w_v,
         d_x, *d_x.stride(),
         num_tokens,
-        C=num_channels, D_QK=d_q.shape[1], D_V=d_v.shape[1],
-        BLOCK_L=config.block_m, BLOCK_C=block_channels(num_channels), BLOCK_R=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip

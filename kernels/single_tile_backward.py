@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .alignment import empty_with_strides_of
 from .attention_backward import key_value_gradient_kernel, prepare_backward_kernel, query_gradient_kernel
-from .launch_config import LaunchConfig, block_channels
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, remembered
+from .launching import Constants, launch
 from .primitives import load_tile, tile_offsets
 from .token_moments import PartialMoments
 
@@ -95,6 +95,16 @@ def single_tile_backward_kernel(
             )  # fmt: skip
 
 
+@remembered
+def _constants(num_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
+    block_c = block_channels(num_channels)
+    return dict(
+        C=num_channels, D=qk_channels, RESIDUAL=residual,
+        BLOCK_L=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def single_tile_backward(
     x: torch.Tensor,
     d_out: torch.Tensor,
@@ -118,12 +128,12 @@ def single_tile_backward(
     contiguous.
     """
     num_maps, num_channels, num_tokens = x.shape
-    block_c = block_channels(num_channels)
     u, d_y, d_u = (empty_with_strides_of(y) for _ in range(3))
     product = lse.new_empty((num_maps, 2, num_channels, num_channels)) if need_sums else None
     total = lse.new_empty((num_maps, 2, num_channels)) if need_sums else None
     launch(
         single_tile_backward_kernel, num_maps,
+        _constants(num_channels, w_q.shape[0], residual, config),
         x, *x.stride(),
         d_out, *d_out.stride(),
         w_q, b_q, w_k, w_v, gamma,
@@ -132,8 +142,5 @@ def single_tile_backward(
         d_x, *((0, 0, 0) if d_x is None else d_x.stride()),
         product, total,
         num_tokens, scale,
-        C=num_channels, D=w_q.shape[0], RESIDUAL=residual,
-        BLOCK_L=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return None if product is None or total is None else PartialMoments(product, total)

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import FUSED_CHANNELS, LaunchConfig, TokenConfigs, block_channels, has_wide_heads, num_tiles
-from .launching import launch
+from .launch_config import FUSED_CHANNELS, LaunchConfig, TokenConfigs, block_channels, has_wide_heads, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import load_tile, locate, store_tile, tile_offsets
 from .projected_attention_backward import accumulate_projected_key_value_gradient, accumulate_projected_query_gradient
 from .projected_attention_forward import attend_projected_keys
@@ -229,6 +229,22 @@ def token_key_value_gradient_kernel(
         store_tile(d_v_ptr, d_v_offsets, tl.trans(d_v), offs_cv, offs_n, C_V, num_keys)
 
 
+def _constants(qk_channels: int, value_channels: int, block_d: int, block_cv: int, config: LaunchConfig) -> Constants:
+    """With tiles of `block_d` channels of the keys and `block_cv` of the values."""
+    return dict(
+        C_V=value_channels, D=qk_channels,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_CV=block_cv, BLOCK_D=block_d,
+        BLOCK_K=min(config.block_k, max(block_d, block_cv)),
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
+@remembered
+def _forward_constants(qk_channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    block_d, block_cv = block_channels(qk_channels), min(block_channels(value_channels), FUSED_CHANNELS)
+    return _constants(qk_channels, value_channels, block_d, block_cv, config)
+
+
 def token_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -244,10 +260,11 @@ def token_attention_forward(
     q (B, E, L) holds scale and log2(e); k (B, E, K) and v (B, V, K) are about centred, c (B, V), contiguous, is what v is short of.
     The strides of the others are free; lse is contiguous.
     """
-    blocks = _blocks(config, block_channels(q.shape[1]), min(block_channels(v.shape[1]), FUSED_CHANNELS))
-    programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(v.shape[1], blocks["BLOCK_CV"])
+    constants = _forward_constants(q.shape[1], v.shape[1], config)
+    programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(v.shape[1], constants["BLOCK_CV"])
     launch(
         token_attention_forward_kernel, programs,
+        constants,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -255,9 +272,30 @@ def token_attention_forward(
         y, *y.stride(),
         lse,
         q.shape[2], k.shape[2],
-        C_V=v.shape[1], D=q.shape[1], **blocks,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
+
+
+def _blocks_backward(qk_channels: int, value_channels: int) -> tuple[int, int]:
+    """Of keys and of values, which take no fewer channels than keys.
+
+    Thinner ones would make all warps compute the same part of the keys' gradient, since the product of the values divides the tiles
+    among them.
+    """
+    block_d = block_channels(qk_channels)
+    return block_d, max(block_d, block_channels(value_channels))
+
+
+@remembered
+def _query_constants(qk_channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    block_d, block_cv = (min(block, FUSED_CHANNELS) for block in _blocks_backward(qk_channels, value_channels))
+    return _constants(qk_channels, value_channels, block_d, block_cv, config)
+
+
+@remembered
+def _key_value_constants(qk_channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+    widest = FUSED_CHANNELS // 2 if has_wide_heads(qk_channels, value_channels) else FUSED_CHANNELS
+    block_d, block_cv = (min(block, widest) for block in _blocks_backward(qk_channels, value_channels))
+    return _constants(qk_channels, value_channels, block_d, block_cv, config)
 
 
 def token_attention_backward(
@@ -280,16 +318,13 @@ def token_attention_backward(
     q, k, v, c, y and lse as in the forward pass; d_y (B, V, L), any strides.
     """
     delta = torch.empty_like(lse)
-    # Thinner values than keys would make all warps compute the same part of the keys' gradient, since the product of the values divides
-    # the tiles among them.
-    block_d = block_channels(q.shape[1])
-    block_cv = max(block_d, block_channels(v.shape[1]))
+    widths = q.shape[1], v.shape[1]
 
-    config = configs.query_gradient
-    blocks = _blocks(config, min(block_d, FUSED_CHANNELS), min(block_cv, FUSED_CHANNELS))
-    programs = q.shape[0] * num_tiles(q.shape[2], config.block_m) * num_tiles(q.shape[1], blocks["BLOCK_D"])
+    constants = _query_constants(*widths, configs.query_gradient)
+    programs = q.shape[0] * num_tiles(q.shape[2], constants["BLOCK_M"]) * num_tiles(q.shape[1], constants["BLOCK_D"])
     launch(
         token_query_gradient_kernel, programs,
+        constants,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -299,16 +334,13 @@ def token_attention_backward(
         lse, delta,
         d_q, *d_q.stride(),
         q.shape[2], k.shape[2], scale,
-        C_V=v.shape[1], D=q.shape[1], **blocks,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
-    config = configs.key_value_gradient
-    widest = FUSED_CHANNELS // 2 if has_wide_heads(q.shape[1], v.shape[1]) else FUSED_CHANNELS
-    blocks = _blocks(config, min(block_d, widest), min(block_cv, widest))
-    parts = max(num_tiles(q.shape[1], blocks["BLOCK_D"]), num_tiles(v.shape[1], blocks["BLOCK_CV"]))
+    constants = _key_value_constants(*widths, configs.key_value_gradient)
+    parts = max(num_tiles(q.shape[1], constants["BLOCK_D"]), num_tiles(v.shape[1], constants["BLOCK_CV"]))
     launch(
-        token_key_value_gradient_kernel, q.shape[0] * num_tiles(k.shape[2], config.block_n) * parts,
+        token_key_value_gradient_kernel, q.shape[0] * num_tiles(k.shape[2], constants["BLOCK_N"]) * parts,
+        constants,
         q, *q.stride(),
         k, *k.stride(),
         v, *v.stride(),
@@ -317,17 +349,4 @@ def token_attention_backward(
         d_k, *d_k.stride(),
         d_v, *d_v.stride(),
         q.shape[2], k.shape[2],
-        C_V=v.shape[1], D=q.shape[1], **blocks,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
-
-
-def _blocks(config: LaunchConfig, block_d: int, block_cv: int) -> dict[str, int]:
-    """The sizes of the tiles, BLOCK_D channels of the keys and BLOCK_CV of the values."""
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_CV": block_cv,
-        "BLOCK_D": block_d,
-        "BLOCK_K": min(config.block_k, max(block_d, block_cv)),
-    }

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import FUSED_CHANNELS, MAX_SPLITS, LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import FUSED_CHANNELS, MAX_SPLITS, LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import load_tile, tile_offsets
 
 
@@ -77,6 +77,16 @@ def token_moments_kernel(
         tl.store(right_total_ptr + tl.cast(row, tl.int64) * C + offs_c, right_total, mask=offs_c < C)
 
 
+@remembered
+def _constants(left_channels: int, channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        A=left_channels, C=channels,
+        BLOCK_A=min(config.block_m, block_channels(left_channels)), BLOCK_L=config.block_n,
+        BLOCK_C=min(block_channels(channels), FUSED_CHANNELS),
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def partial_moments(
     left: torch.Tensor,
     right: torch.Tensor,
@@ -92,10 +102,9 @@ def partial_moments(
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
     pairs = 1 if second is None else 2
-    block_a = min(config.block_m, block_channels(left_channels))
-    block_c = min(block_channels(num_channels), FUSED_CHANNELS)
+    constants = _constants(left_channels, num_channels, config)
     token_tiles = num_maps * num_tiles(num_tokens, config.block_n)
-    programs = pairs * num_tiles(left_channels, block_a) * num_tiles(num_channels, block_c)
+    programs = pairs * num_tiles(left_channels, constants["BLOCK_A"]) * num_tiles(num_channels, constants["BLOCK_C"])
     tiles_per_split = num_tiles(token_tiles, max(1, MAX_SPLITS // programs))
     splits = num_tiles(token_tiles, tiles_per_split)
     product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
@@ -106,12 +115,11 @@ def partial_moments(
         of_second = (second[0], *second[0].stride(), second[1], *second[1].stride())
     launch(
         token_moments_kernel, splits * programs,
+        constants,
         left, *left.stride(),
         right, *right.stride(),
         *of_second,
         product, total, right_total,
         token_tiles, tiles_per_split, num_tokens,
-        A=left_channels, C=num_channels, BLOCK_A=block_a, BLOCK_L=config.block_n, BLOCK_C=block_c,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return PartialMoments(product, total, right_total)

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import load_rows
 from .token_moments import PartialMoments
 
@@ -132,6 +132,16 @@ def weight_gradients_kernel(
         )  # fmt: skip
 
 
+@remembered
+def _constants(channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+    return dict(
+        C=channels, D=qk_channels,
+        BLOCK_R=min(config.block_m, block_channels(qk_channels)), BLOCK_J=config.block_n,
+        BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=config.block_d,
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def weight_gradients(
     moments: PartialMoments,
     w_q: torch.Tensor,
@@ -151,18 +161,17 @@ def weight_gradients(
     """
     gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
     qk_channels, channels = w_q.shape[:2]
-    block_r, parts = min(config.block_m, block_channels(qk_channels)), num_tiles(channels, config.block_n)
-    block_k = min(config.block_k, block_channels(channels))
-    value_tiles = parts * num_tiles(channels, block_k)
+    constants = _constants(channels, qk_channels, config)
+    parts = num_tiles(channels, config.block_n)
+    value_tiles = parts * num_tiles(channels, constants["BLOCK_K"])
     d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
-        weight_gradients_kernel, 2 * num_tiles(qk_channels, block_r) * parts + value_tiles,
+        weight_gradients_kernel, 2 * num_tiles(qk_channels, constants["BLOCK_R"]) * parts + value_tiles,
+        constants,
         moments.product, moments.total,
         w_q, b_q, w_k, w_v, b_v, gamma,
         *gradients, d_gamma,
         len(moments.product), scale,
-        C=channels, D=qk_channels, BLOCK_R=block_r, BLOCK_J=config.block_n, BLOCK_K=block_k, BLOCK_S=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return *gradients, added_up(d_gamma, gamma)
 

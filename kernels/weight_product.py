@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch_config import LaunchConfig, block_channels, num_tiles
-from .launching import launch
+from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launching import Constants, launch
 from .primitives import dot_over_channels, tile_offsets
 
 
@@ -51,6 +51,16 @@ def weight_product_kernel(
         tl.store(image_ptr + offs_r, (factor * image).to(image_ptr.dtype.element_ty), mask=inside_r)
 
 
+@remembered
+def _constants(rows: int, inner: int, columns: int, config: LaunchConfig) -> Constants:
+    return dict(
+        ROWS=rows, K=inner, COLUMNS=columns,
+        BLOCK_R=min(config.block_m, block_channels(rows)), BLOCK_C=min(config.block_n, block_channels(columns)),
+        BLOCK_K=min(config.block_k, block_channels(inner)),
+        INPUT_PRECISION=config.input_precision, **config.options,
+    )  # fmt: skip
+
+
 def weight_product(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -67,17 +77,14 @@ def weight_product(
     """
     (rows, inner), columns = a.shape, b.shape[1]
     product, image = a.new_empty((rows, columns)), None if vector is None else a.new_empty(rows)
-    block_r, block_c, block_k = (
-        min(size, block_channels(width)) for size, width in ((config.block_m, rows), (config.block_n, columns), (config.block_k, inner))
-    )
+    constants = _constants(rows, inner, columns, config)
     launch(
-        weight_product_kernel, num_tiles(rows, block_r) * num_tiles(columns, block_c),
+        weight_product_kernel, num_tiles(rows, constants["BLOCK_R"]) * num_tiles(columns, constants["BLOCK_C"]),
+        constants,
         a, *a.stride(),
         b, *b.stride(),
         vector, addend, *((None, None) if outer is None else outer),
         product, image,
         factor,
-        ROWS=rows, K=inner, COLUMNS=columns, BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_K=block_k,
-        INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
     return product, image

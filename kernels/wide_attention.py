@@ -20,8 +20,8 @@ from .alignment import empty_with_strides_of
 from .attention_backward import delta_of_queries, query_gradient_of_all_keys, store_query_gradient
 from .attention_forward import attend_all_keys
 from .key_splits import empty_splits, merge_splits
-from .launch_config import LaunchConfig, num_programs, token_splits
-from .launching import launch
+from .launch_config import LaunchConfig, num_programs, remembered, token_splits
+from .launching import Constants, launch
 from .primitives import locate, store_tile, tile_offsets
 
 
@@ -100,6 +100,11 @@ def wide_query_gradient_kernel(
     store_query_gradient(acc, row_sum, y_ptr, d_u_ptr, stride_yc, stride_yl, part * BLOCK_C, offs_m, num_tokens, C, False)
 
 
+@remembered
+def _constants(num_channels: int, config: LaunchConfig) -> Constants:
+    return {**config.blocks(num_channels), **config.options}
+
+
 def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, *, config: LaunchConfig) -> None:
     """Fills `y` (N, C, L), and `lse` (N, L) with the base-2 log-sum-exp of the logits.
 
@@ -110,12 +115,12 @@ def wide_attention_forward(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, ls
     split_y, split_lse = empty_splits(y, lse, splits) if splits > 1 else (y, lse)
     launch(
         wide_attention_forward_kernel, programs * splits,
+        _constants(x.shape[1], config),
         x, *x.stride(),
         u, *u.stride(),
         split_y, *split_y.stride(),
         split_lse,
         num_tokens, splits, keys_per_split,
-        **config.blocks(x.shape[1]), **config.options,
     )  # fmt: skip
     if splits > 1:
         merge_splits(split_y, split_lse, y, lse)
@@ -131,11 +136,11 @@ def wide_query_gradient(
     d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
     launch(
         wide_query_gradient_kernel, num_programs(config.block_m, *x.shape),
+        _constants(x.shape[1], config),
         x, *x.stride(),
         u, d_y, *u.stride(),
         y, d_u, *y.stride(),
         lse, delta,
         x.shape[2],
-        **config.blocks(x.shape[1]), **config.options,
     )  # fmt: skip
     return d_u, delta

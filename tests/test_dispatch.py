@@ -127,6 +127,7 @@ class TestReasons:
 
         x = Map()
         x.shape, x.dtype, x.device = shape, dtype, torch.device(place, 0)
+        x.is_cuda, x.is_cpu = place == "cuda", place == "cpu"
         return dispatch.unsupported_reasons(x, shape[1])
 
     def test_none_on_a_recent_gpu(self, monkeypatch):

@@ -46,12 +46,12 @@ def started():
         yield starts
 
 
-def start_both_ways(started, kernel, programs, *args, **constants) -> Start:
+def start_both_ways(started, kernel, programs, constants, *args) -> Start:
     """Triton's own start, with which ours agrees, cold and warm."""
     del started[:]
     kernel[(programs,)](*args, **constants)
     for _ in range(2):
-        launching.launch(kernel, programs, *args, **constants)
+        launching.launch(kernel, programs, constants, *args)
     triton_s, *ours = started
     assert len(ours) == 2
     for start in ours:
@@ -67,7 +67,7 @@ def aligned(dtype, offset=0):
     return torch.empty(80, dtype=dtype)[offset:]
 
 
-OPTIONS = {"num_warps": 1, "num_stages": 1}
+CONSTANTS = {"FACTOR": 2, "SQUARED": False, "num_warps": 1, "num_stages": 1}
 
 
 class TestOneKernel:
@@ -78,63 +78,59 @@ class TestOneKernel:
             (torch.float32, torch.float16), (0, 1), (1, 3, 16), (None, 0, 1), (48, 49, 2**40)
         ):
             x, y_tensor = aligned(dtype, offset), None if y is None else aligned(torch.float32, y)
-            start = start_both_ways(started, some_kernel, 2, x, stride, y_tensor, 0.5, 3, length, FACTOR=2, SQUARED=True, **OPTIONS)
+            start = start_both_ways(started, some_kernel, 2, CONSTANTS, x, stride, y_tensor, 0.5, 3, length)
             found[dtype, offset, stride, y, length] = start.launcher
         assert len(set(found.values())) == len(found)  # each of these was compiled by itself
 
     def test_numbers_that_are_of_one_kind_share_a_kernel(self, started):
         x = aligned(torch.float32)
         one, *others = (
-            start_both_ways(started, some_kernel, programs, x, stride, None, scale, count, length, FACTOR=2, SQUARED=False, **OPTIONS)
+            start_both_ways(started, some_kernel, programs, CONSTANTS, x, stride, None, scale, count, length)
             for programs, stride, scale, count, length in ((1, 3, 0.5, 1, 48), (7, 5, 1.0, 16, 64), (2, 9, 2.0, 5, 32))
         )
         assert all(other.launcher is one.launcher for other in others)
 
     def test_constants_and_options(self, started):
         x = aligned(torch.float32)
-        launchers = {
-            start_both_ways(
-                started, kernel, 1, x, 3, None, 0.5, 2, 5, FACTOR=factor, SQUARED=squared, num_warps=warps, num_stages=1
-            ).launcher
-            for kernel, factor, squared, warps in itertools.product((some_kernel, other_kernel), (1, 2), (False, True), (1, 2))
-        }
+        launchers = set()
+        for factor, squared, warps in itertools.product((1, 2), (False, True), (1, 2)):
+            constants = {"FACTOR": factor, "SQUARED": squared, "num_warps": warps, "num_stages": 1}
+            for kernel in (some_kernel, other_kernel):
+                launchers.add(start_both_ways(started, kernel, 1, constants, x, 3, None, 0.5, 2, 5).launcher)
         assert len(launchers) == 16
 
-    def test_the_order_of_constants_does_not_matter(self, started):
-        """Two that stand the other way round are not taken for one another."""
+    def test_constants_live_as_long_as_they_are_remembered(self, started):
+        """Dicts that are thrown away get one another's place in memory, by which they are known."""
         x = aligned(torch.float32)
-        one = start_both_ways(started, some_kernel, 1, x, 3, None, 0.5, 2, 5, FACTOR=1, SQUARED=0, **OPTIONS)
-        other = start_both_ways(started, some_kernel, 1, x, 3, None, 0.5, 2, 5, SQUARED=1, FACTOR=0, **OPTIONS)
-        same = start_both_ways(started, some_kernel, 1, x, 3, None, 0.5, 2, 5, SQUARED=0, FACTOR=1, **OPTIONS)
-        assert one.launcher is same.launcher
-        assert one.launcher is not other.launcher
+        for factor in range(2, 12):
+            start_both_ways(started, some_kernel, 1, {**CONSTANTS, "FACTOR": factor}, x, 3, None, 0.5, 2, 5)
 
     def test_devices_are_told_apart(self, started, monkeypatch):
         x = aligned(torch.float32)
-        arguments = (some_kernel, 1, x, 3, None, 0.5, 2, 5)
-        launching.launch(*arguments, FACTOR=1, SQUARED=False, **OPTIONS)
+        arguments = (some_kernel, 1, CONSTANTS, x, 3, None, 0.5, 2, 5)
+        launching.launch(*arguments)
         before = len(launching._remembered)
         monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
-        launching.launch(*arguments, FACTOR=1, SQUARED=False, **OPTIONS)
+        launching.launch(*arguments)
         assert len(launching._remembered) == before + 1
 
     def test_memory_of_problems_is_bounded(self, started, monkeypatch):
         monkeypatch.setattr(launching, "MAX_REMEMBERED", 3)
         for length in range(33, 48):
-            launching.launch(some_kernel, 1, aligned(torch.float32), 3, None, 0.5, 2, length, FACTOR=1, SQUARED=False, **OPTIONS)
+            launching.launch(some_kernel, 1, CONSTANTS, aligned(torch.float32), 3, None, 0.5, 2, length)
             assert len(launching._remembered) <= 3
         assert [start.args[5] for start in started] == list(range(33, 48))
 
     def test_a_warm_start_asks_triton_nothing(self, started, monkeypatch):
-        arguments = (some_kernel, 1, aligned(torch.float32), 3, None, 0.5, 2, 5)
-        launching.launch(*arguments, FACTOR=1, SQUARED=False, **OPTIONS)
+        arguments = (some_kernel, 1, CONSTANTS, aligned(torch.float32), 3, None, 0.5, 2, 5)
+        launching.launch(*arguments)
         monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("Triton was asked again"))
-        launching.launch(*arguments, FACTOR=1, SQUARED=False, **OPTIONS)
+        launching.launch(*arguments)
         assert len(started) == 2
 
     def test_nothing_is_left_behind(self):
         with stubbed_driver(lambda _: None):
-            launching.launch(some_kernel, 1, aligned(torch.float32), 3, None, 0.5, 2, 5, FACTOR=1, SQUARED=False, **OPTIONS)
+            launching.launch(some_kernel, 1, CONSTANTS, aligned(torch.float32), 3, None, 0.5, 2, 5)
             assert launching._remembered
         assert not launching._remembered
         assert not some_kernel.device_caches

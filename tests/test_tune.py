@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -49,7 +49,7 @@ def ticking(per_call=1.0):
 
 
 def differences(a, b):
-    return {field.name for field in fields(a) if getattr(a, field.name) != getattr(b, field.name)}
+    return {name for name in a._fields if getattr(a, name) != getattr(b, name)}
 
 
 def test_the_most_important_entries_come_first():
@@ -78,7 +78,7 @@ def test_neighbours_differ_in_what_the_kernel_reads_and_stay_in_range(entry):
     changed = [differences(present, config) for config in found]
     assert all(0 < len(names) <= 2 and names <= may_differ for names in changed)
     assert [len(names) for names in changed] == sorted(len(names) for names in changed)  # the nearest first
-    effective = {replace(c, block_k=min(c.block_k, block_channels(entry.channels))) for c in [present, *found]}
+    effective = {c._replace(block_k=min(c.block_k, block_channels(entry.channels))) for c in [present, *found]}
     assert len(effective) == len(found) + 1  # nothing is measured twice
     for config in found:
         assert {config.block_m, config.block_n} <= {16, 32, 64, 128}
@@ -111,20 +111,20 @@ def test_neighbours_of_the_forward_kernel():
     ],
 )
 def test_a_winner_is_quicker_in_both_halves(other, wins):
-    challenger = replace(PRESENT, num_warps=8)
+    challenger = PRESENT._replace(num_warps=8)
     assert winner(PRESENT, {PRESENT: [10.0] * 10, challenger: other}) == (challenger if wins else PRESENT)
 
 
 def test_the_quickest_of_several_wins_and_drift_that_meets_all_does_not_count():
     drift = [10.0 * 1.2**n for n in range(10)]
-    quick, quicker = (replace(PRESENT, num_stages=n) for n in (1, 3))
+    quick, quicker = (PRESENT._replace(num_stages=n) for n in (1, 3))
     rounds = {PRESENT: drift, quick: [0.9 * t for t in drift], quicker: [0.8 * t for t in drift]}
     assert winner(PRESENT, rounds) == quicker
 
 
 @pytest.mark.parametrize("entry", [entry for entry in EVERY if (entry.dtype, entry.channels) == ("bf16", 64)], ids=str)
 def test_a_candidate_is_put_in_the_place_of_one_entry_only(entry):
-    before, candidate = table_row(entry, TARGET), replace(PRESENT, block_m=32)
+    before, candidate = table_row(entry, TARGET), PRESENT._replace(block_m=32)
     with in_place(entry, candidate):
         assert table_row(entry, TARGET) == before | {entry.kernel: candidate}
     assert table_row(entry, TARGET) == before
@@ -207,7 +207,7 @@ def test_what_was_measured_of_something_else_is_measured_again(what, tmp_path, m
     elif what == "torch":
         machine.environment = machine.environment | {"torch": "3.0"}
     else:
-        monkeypatch.setattr(kernels, "forward_config", lambda *_: replace(PRESENT, num_warps=8))
+        monkeypatch.setattr(kernels, "forward_config", lambda *_: PRESENT._replace(num_warps=8))
     tune.tune([ENTRY], machine, kept, 1e9, ticking())
     assert len(kept.rows) == 2
 
@@ -237,7 +237,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def test_a_candidate_is_what_is_compiled():
     entry = Entry("folded", "token_moments", "bf16", 16)
-    config = replace(table_row(entry, TARGET)["token_moments"], block_n=32, num_warps=8)
+    config = table_row(entry, TARGET)["token_moments"]._replace(block_n=32, num_warps=8)
     compiled = compiled_for(entry, config, DEVICES["sm_90"])
     assert compiled.name == "token_moments_kernel"
     assert compiled.spills == 0 < compiled.shared_memory
@@ -285,7 +285,7 @@ def stubbed_gpu(monkeypatch):
 @pytest.mark.parametrize("entry", [entry for entry in EVERY if (entry.dtype, entry.channels) == ("bf16", 64)], ids=str)
 def test_a_trial_times_the_candidates_own_kernel_and_no_other(entry, stubbed_gpu, monkeypatch):
     present = table_row(entry, TARGET)[entry.kernel]
-    config = replace(present, num_warps=16)
+    config = present._replace(num_warps=16)
     monkeypatch.setattr(problems, "errors", lambda *_: {"branch": 1e-4})
     verdicts = [(opened := stubbed_gpu.open(entry)).judge(c, None) for c in (present, config)]
     assert [verdict.reason for verdict in verdicts] == [None, None]
@@ -342,7 +342,7 @@ def test_a_layer_that_ran_on_something_else_is_not_taken_for_the_kernel():
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch):
     """A configuration that works and one that does not compile, beside the present one."""
-    monkeypatch.setattr(tune, "neighbours", lambda _, present: [replace(present, num_stages=1), replace(present, block_n=8)])
+    monkeypatch.setattr(tune, "neighbours", lambda _, present: [present._replace(num_stages=1), present._replace(block_n=8)])
     row = tune.measure(ENTRY, Gpu(torch.device("cuda")), "", math.inf, time.monotonic)
     assert row.complete, row.reason
     present, working, broken = row.candidates

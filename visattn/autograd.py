@@ -6,16 +6,16 @@ second derivatives) is computed here once for both. ops.py wires the same steps 
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import query_normalized, torch_backend
-from .device import autocast_is_enabled
+from .device import without_autocast
 from .folding import Gradients, Weights
 from .second_order import backward_of_backward
 
@@ -68,9 +68,9 @@ def differentiable(x: Tensor, weights: Weights, settings: Settings) -> Tensor:
     return SelfAttention.apply(x, *weights, settings)
 
 
-def derives_forwards() -> bool:
-    """Whether forward-mode derivatives are being computed somewhere."""
-    return torch.autograd.forward_ad._current_level >= 0
+def follows_values() -> bool:
+    """Whether something may go forward with the values, beside them, that would be lost in the kernels."""
+    return transforms_are_active() or forward_ad._current_level >= 0
 
 
 def transforms_are_active() -> bool:
@@ -177,9 +177,3 @@ class SelfAttentionBackward(torch.autograd.Function):
             )
         # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
         return phi_d_out, phi_x, *phi_weights, None, None, None, None, None
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """The operands already have the dtype they are to be computed in; autocast inside would round fp32 sums."""
-    device_type = x.device.type
-    return torch.autocast(device_type, enabled=False) if autocast_is_enabled(device_type) else nullcontext()

@@ -7,14 +7,18 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.backends.cuda import matmul
 
 if TYPE_CHECKING:
     from .kernels import Target
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
+NO_CONTEXT = nullcontext()
+"""Does nothing, and can be entered any number of times."""
+
 TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -38,9 +42,15 @@ def _triton_is_interpreting() -> bool:
     return TRITON_IS_INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def autocast_is_enabled(device_type: str) -> bool:
-    """Whether autocast is on for tensors of that type of device. Of "meta", which has none, PyTorch refuses the question."""
+def autocast_is_enabled(x: torch.Tensor) -> bool:
+    """Whether autocast is on for tensors where x is. Of "meta", which has none, PyTorch refuses the question."""
+    device_type = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # whose text PyTorch puts together anew
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Of operands that have the dtype they are to be computed in; autocast would round fp32 sums."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_is_enabled(x) else NO_CONTEXT
 
 
 @_constant
@@ -65,7 +75,7 @@ def chosen_device(name: str | None) -> torch.device:
 
 def float32_precision_is_highest() -> bool:
     """PyTorch's own switch for fp32 matrix products on CUDA: False where it permits TF32."""
-    return torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return matmul.fp32_precision != "tf32"
 
 
 @contextmanager
@@ -95,29 +105,22 @@ def describe(device: torch.device) -> str:
 
 def kernel_target(device: torch.device) -> "Target":
     """What the kernels' launch configuration depends on, for this device and PyTorch's present fp32 switch."""
+    return _kernel_target(device, float32_precision_is_highest())
+
+
+@functools.cache
+def _kernel_target(device: torch.device, highest: bool) -> "Target":
+    from .kernels import Target
+
     if device.type != "cuda":
-        return _interpreter_target()
-    return _cuda_target(device.index, float32_precision_is_highest())
-
-
-@functools.cache
-def _interpreter_target() -> "Target":
-    from .kernels import Target
-
-    return Target("hopper", "ieee")
-
-
-@functools.cache
-def _cuda_target(index: int, highest: bool) -> "Target":
-    from .kernels import Target
-
+        return Target("hopper", "ieee")  # the interpreter's
     if torch.version.hip is not None:
         return Target("cdna", "ieee")  # fp32 has matrix instructions of its own there
     architectures = {9: "hopper", 10: "blackwell"}
-    major, _ = torch.cuda.get_device_capability(index)
+    major, _ = torch.cuda.get_device_capability(device)
     return Target(architectures.get(major, "ampere"), "bf16x6" if highest else "tf32")
 
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes x's device current, since kernels start on the current one; it mostly is."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.device.index != torch.cuda.current_device() else NO_CONTEXT

@@ -80,16 +80,16 @@ def unsupported_reasons(x: Tensor, qk_channels: int, kind: str = "keys", value_c
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, x is {_name(x.dtype)}")
     if interpreting and x.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes bfloat16 dots wrongly")
-    channels, place = x.shape[1], x.device.type
+    channels = x.shape[1]
     if kind == "tokens" and max(qk_channels, value_channels) > MAX_CHANNELS:
         reasons.append(f"the kernels hold heads of at most {MAX_CHANNELS} channels, they have {qk_channels} and {value_channels} in values")
     elif kind != "tokens" and max(channels, qk_channels) > MAX_CHANNELS:
         reasons.append(f"the kernels hold at most {MAX_CHANNELS} channels, x has {channels} and the queries have {qk_channels}")
-    if place == "cuda":
+    if x.is_cuda:
         capability = device.compute_capability(x.device)
         if capability < device.MIN_COMPUTE_CAPABILITY:
             reasons.append(f"the kernels need compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}")
-    elif not (place == "cpu" and interpreting):
+    elif not (x.is_cpu and interpreting):
         reasons.append(f"the kernels need a CUDA or ROCm device, x is on {x.device}")
     return reasons
 

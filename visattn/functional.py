@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, block, channel, dispatch, map_attention, projected_output, projected_tokens, query_normalized, validation
-from .device import autocast_is_enabled
+from .device import autocast_is_enabled, without_autocast
 from .folded_values import folded_values
 from .folding import Weights
 from .normalization import GroupNorm, normalized
@@ -73,7 +73,7 @@ def self_attention_2d(
         weights = block.Weights(w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma)
         return _block(x, weights, scale, num_heads, norm, pool, residual, res_scale, normalize, backend)
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, residual, normalize)
-    if autocast_is_enabled(x.device.type):
+    if autocast_is_enabled(x):
         return _under_autocast(x, (w_q, w_k, w_v, b_q, b_k, b_v), gamma, scale, residual, normalize, backend)
     qk_channels = w_q.shape[0]
     selected = dispatch.select_backend(x, qk_channels, backend, normalize)
@@ -94,7 +94,7 @@ def _under_autocast(
     dtype = _compute_dtype(x)
     narrow_x, narrow_gamma, *narrow = [None if t is None else t.to(dtype) for t in (x, gamma, *projections)]
     add_afterwards = residual and dtype != x.dtype
-    with autograd.without_autocast(x):
+    with without_autocast(x):
         out = self_attention_2d(
             narrow_x, *narrow, gamma=narrow_gamma,  # type: ignore[arg-type]
             scale=scale, residual=residual and not add_afterwards, normalize=normalize, backend=backend,
@@ -112,7 +112,8 @@ def _run(settings: autograd.Settings, x: Tensor, weights: Weights) -> Tensor:
         from . import ops
 
         return ops.self_attention_2d(x, *weights, *settings, needs_graph or tracing)[0]  # a trace may be trained later
-    _refuse_transforms(x, *weights)
+    if autograd.follows_values():
+        validation.check_transforms((x, *weights))
     if needs_graph:
         return autograd.differentiable(x, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
@@ -126,12 +127,6 @@ def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm |
         out = _run(settings._replace(residual=False), normalized(x, norm), weights)
         return x + out if settings.residual else out
     return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), weights)
-
-
-def _refuse_transforms(*tensors: Tensor | None) -> None:
-    """Whatever goes forward with the values, beside them, would be lost in the kernels."""
-    if autograd.transforms_are_active() or autograd.derives_forwards():
-        validation.check_transforms(tensors)
 
 
 def _block(
@@ -150,10 +145,10 @@ def _block(
     w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma = weights
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, residual, normalize, w_o is not None)
     validation.check_block(x, w_q, w_v, w_o, b_o, num_heads, norm, pool, res_scale, normalize)
-    if not torch.compiler.is_compiling():
-        _refuse_transforms(x, *weights, *(() if norm is None else (norm.weight, norm.bias)))
+    if not torch.compiler.is_compiling() and autograd.follows_values():
+        validation.check_transforms((x, *weights, *(() if norm is None else (norm.weight, norm.bias))))
     dtype = _compute_dtype(x)
-    with autograd.without_autocast(x):
+    with without_autocast(x):
         narrow_x, weights = x.to(dtype), weights.map(lambda w: w.to(dtype))
         form, selected = _form_and_backend(narrow_x, weights, num_heads, pool, normalize, backend)
         factor = (w_q.shape[0] // num_heads) ** -0.5 if scale is None else float(scale)
@@ -216,8 +211,8 @@ def channel_attention(
         NotImplementedError: `torch.vmap` or forward-mode derivatives are asked for.
     """
     validation.check_channel_attention(x, w_q, w_k, w_v, b_q, b_k, b_v, scale, residual)
-    if not torch.compiler.is_compiling():
-        _refuse_transforms(x, w_q, w_k, w_v, b_q, b_k, b_v)
+    if not torch.compiler.is_compiling() and autograd.follows_values():
+        validation.check_transforms((x, w_q, w_k, w_v, b_q, b_k, b_v))
     channels = x.shape[1]
     dispatch.select_backend(x, channels, None, "channels")
 
@@ -225,7 +220,7 @@ def channel_attention(
     add_afterwards = residual and dtype != x.dtype
     operands = [None if t is None else t.to(dtype) for t in (x, w_q.flatten(1), w_k.flatten(1), w_v.flatten(1), b_q, b_k, b_v)]
     factor = channels**-0.5 if scale is None else float(scale)
-    with autograd.without_autocast(x):
+    with without_autocast(x):
         out = channel.forward(*operands, factor, residual and not add_afterwards)  # type: ignore[arg-type, call-arg]
     return x + out if add_afterwards else out
 
@@ -285,7 +280,6 @@ def attention_rows(
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or the autocast dtype where autocast would convert x; it never converts float64."""
-    device_type = x.device.type
-    if x.dtype != torch.float64 and autocast_is_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+    if x.dtype != torch.float64 and autocast_is_enabled(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype

@@ -2,10 +2,12 @@
 
 import torch
 
+from .folding import Weights
+
 
 def memory_format_of(x: torch.Tensor) -> torch.memory_format:
     """The format of what is returned for a map (N, C, H, W): channels_last where x is, contiguous otherwise."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -31,3 +33,11 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
 def contiguous(weight: torch.Tensor) -> torch.Tensor:
     """The same, and one row after the other."""
     return in_memory(weight).contiguous()
+
+
+def contiguous_weights(weights: Weights) -> Weights:
+    """The same of every weight, of which mostly all are so already."""
+    for weight in weights:
+        if weight is not None and (weight.is_neg() or not weight.is_contiguous()):
+            return weights.map(contiguous)
+    return weights

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import autograd
+from .device import without_autocast
 from .folding import Weights
 from .normalization import GroupNorm, normalized
 
@@ -61,7 +62,7 @@ class MapAttention(torch.autograd.Function):
         if d_out is None:
             return (None,) * (2 + len(needed))
         inputs, saved = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
-        with autograd.without_autocast(d_out):
+        with without_autocast(d_out):
             if torch.is_grad_enabled() or autograd.transforms_are_active():
                 gradients = _differentiable_gradients(d_out, ctx.kind, ctx.norm, inputs, needed)
             else:

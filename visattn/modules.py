@@ -54,7 +54,9 @@ class _ThreeConvolutions(AttentionLayer):
 
     def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
-        (w_q, b_q), (w_k, b_k), (w_v, b_v) = [_weight_and_bias(modules[name]) for name in ("conv_query", "conv_key", "conv_value")]
+        w_q, b_q = _weight_and_bias(modules["conv_query"])
+        w_k, b_k = _weight_and_bias(modules["conv_key"])
+        w_v, b_v = _weight_and_bias(modules["conv_value"])
         return w_q, w_k, w_v, b_q, b_k, b_v
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from . import autograd, torch_backend
 from . import token_attention as on_tokens
+from .device import without_autocast
 from .folding import Weights
 from .layout import empty_map_like
 from .second_order import backward_of_backward
@@ -36,7 +37,7 @@ def self_attention_2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries", lse where the PyTorch path has none."""
     weights = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)
-    with autograd.without_autocast(x):
+    with without_autocast(x):
         out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
     return out, _present(_in_layout_of(y, x), x), _present(lse, x, _lse_dtype(x))
 
@@ -130,7 +131,7 @@ self_attention_2d_backward.register_autograd(_differentiate_backward, setup_cont
 @torch.library.custom_op("visattn::token_attention", mutates_args=())
 def token_attention(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """`(y, lse)`: y (B, V, L); lse (B, L) is empty where nothing keeps it."""
-    with autograd.without_autocast(q):
+    with without_autocast(q):
         y, lse = on_tokens.implementation(backend).forward(q, k, v, scale)
     return y.contiguous(), _present(lse, q, _lse_dtype(q))
 
@@ -147,7 +148,7 @@ def token_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(d_q, d_k, d_v)`."""
     saved_lse = lse if lse.dim() == 2 else None
-    with autograd.without_autocast(q):
+    with without_autocast(q):
         d_q, d_k, d_v = on_tokens.implementation(backend).backward(d_y, q, k, v, y, saved_lse, scale)
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
 
@@ -179,7 +180,7 @@ def _setup_tokens_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 @once_differentiable
 def _differentiate_tokens_backward(ctx: Any, v_q: Tensor, v_k: Tensor, v_v: Tensor) -> tuple:
     d_y, q, k, v = ctx.saved_tensors
-    with autograd.without_autocast(q):
+    with without_autocast(q):
         gradients = on_tokens.backward_of_backward(d_y, q, k, v, v_q, v_k, v_v, ctx.scale)
     return *gradients, None, None, None, None
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import block
-from .autograd import gradients_of_steps, is_looked_at, transforms_are_active, without_autocast
-from .device import kernel_target, on_device_of
+from .autograd import gradients_of_steps, is_looked_at, transforms_are_active
+from .device import kernel_target, on_device_of, without_autocast
 from .layout import contiguous, deliver, empty_map_like, in_memory
 
 

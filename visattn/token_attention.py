@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import torch_attention, torch_token_attention
-from .autograd import without_autocast
+from .device import without_autocast
 
 SCORES_AT_ONCE = 1 << 20
 """Elements of one chunk of the attention matrix in the second derivative; the graph of a chunk holds about a dozen of its size."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import kernels, wide_triton_backend
 from .device import kernel_target, on_device_of
 from .folding import NO_GRADIENTS, Gradients, Weights
-from .layout import contiguous, deliver, empty_map_like, in_memory
+from .layout import contiguous, contiguous_weights, deliver, empty_map_like, in_memory
 from .normalization import GroupNorm
 
 
@@ -52,7 +52,7 @@ def forward(
     y = kernels.empty_with_strides_of(written) if save or parks or splits > 1 else None
     lse = x.new_empty((maps, height * width), dtype=torch.float32) if save or splits > 1 else None
     if maps:
-        weights = weights.map(contiguous)
+        weights = contiguous_weights(weights)
         with on_device_of(x):
             tokens = kernels.readable(x.flatten(2))
             if projected:
@@ -111,7 +111,7 @@ def backward(
     if channels > kernels.FUSED_CHANNELS:
         return wide_triton_backend.backward(x, d_out, weights, y, lse, scale, residual, need_x, need_weights)
 
-    weights = weights.map(contiguous)
+    weights = contiguous_weights(weights)
     with on_device_of(x):
         tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
         d_tokens = None if d_x is None else kernels.writable(d_x.flatten(2))

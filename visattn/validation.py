@@ -15,6 +15,9 @@ from .normalization import GroupNorm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPES_IN_WORDS = "float16, bfloat16, float32 or float64"
+_DENSE = torch.strided
+_MATRICES = ("w_q", "w_k", "w_v")
+_PARAMETERS = (*_MATRICES, "b_q", "b_k", "b_v", "gamma")
 _PIXELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -96,7 +99,7 @@ def check_map(x: Tensor) -> None:
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(shape)}{hint}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be {_DTYPES_IN_WORDS}, got {x.dtype}; convert it with x.float()")
-    if x.layout != torch.strided:
+    if x.layout is not _DENSE:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}; convert it with x.to_dense()")
     if shape[1] == 0 or shape[2] == 0 or shape[3] == 0:
         raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(shape)}; only N may be 0")
@@ -121,16 +124,15 @@ def check_self_attention_2d(
     Values are as wide as the map, unless an output projection makes them so.
     """
     check_map(x)
-    check_normalize(normalize)
+    if normalize != "keys":
+        check_normalize(normalize)
     channels, device, dtype = x.shape[1], x.device, x.dtype
-    named = (("w_q", w_q), ("w_k", w_k), ("w_v", w_v), ("b_q", b_q), ("b_k", b_k), ("b_v", b_v), ("gamma", gamma))
-    for name, tensor in named:
-        if tensor is None and not name.startswith("w_"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.device != device or tensor.dtype != dtype or tensor.layout != torch.strided:
-            _check_like_x(name, tensor, x)
+    for name, tensor in zip(_PARAMETERS, (w_q, w_k, w_v, b_q, b_k, b_v, gamma), strict=True):
+        if tensor is None:
+            if name in _MATRICES:
+                _check_tensor(name, tensor, x)
+        elif getattr(tensor, "dtype", None) is not dtype or tensor.layout is not _DENSE or tensor.device != device:
+            _check_tensor(name, tensor, x)
     qk_channels = _check_weight("w_q", w_q, None, channels)
     _check_weight("w_k", w_k, qk_channels, channels)
     value_channels = _check_weight("w_v", w_v, None if has_output_projection else channels, channels)
@@ -297,12 +299,12 @@ def _check_like_x(name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}; move the layer or x with .to()")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; convert it with .to_dense()")
-    autocast = autocast_is_enabled(x.device.type)
+    autocast = autocast_is_enabled(x)
     if tensor.dtype != x.dtype and not (autocast and tensor.dtype in DTYPES):
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}; convert one of them with .to(), or use torch.autocast")
 
 
-def _check_tensor(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_tensor(name: str, tensor: object, x: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     _check_like_x(name, tensor, x)

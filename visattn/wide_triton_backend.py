@@ -11,7 +11,7 @@ from torch import Tensor
 from . import kernels
 from .device import kernel_target, on_device_of
 from .folding import NO_GRADIENTS, Gradients, Weights
-from .layout import contiguous, deliver, empty_map_like
+from .layout import contiguous_weights, deliver, empty_map_like
 from .normalization import GroupNorm, normalized
 from .torch_backend import FoldedProjection, folded_queries, gradient_through_queries, output_projection, queries_are_thin
 
@@ -22,7 +22,7 @@ def forward(
     x: Tensor, weights: Weights, scale: float, residual: bool, save: bool, norm: GroupNorm | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`(out, y, lse)`: out (N, C, H, W), and with `save` y (N, C, L) and lse (N, L) in fp32, base 2, of the logits without b_k."""
-    tokens, weights = kernels.readable(normalized(x, norm).flatten(2)), weights.map(contiguous).matrices()
+    tokens, weights = kernels.readable(normalized(x, norm).flatten(2)), contiguous_weights(weights).matrices()
     y = kernels.writable(empty_map_like(x).flatten(2))
     lse = x.new_empty((x.shape[0], tokens.shape[2]), dtype=torch.float32)
     if x.numel():
@@ -49,7 +49,7 @@ def backward(
     target = kernel_target(x.device)
     configs = kernels.wide_configs(x.dtype, target)
     tokens, g, y = (kernels.readable(t) for t in (x.flatten(2), d_out.flatten(2), y))
-    parameters = weights.map(contiguous)
+    parameters = contiguous_weights(weights)
     weights = parameters.matrices()
     w_v, _ = output_projection(weights, x.dtype)
     with on_device_of(x):

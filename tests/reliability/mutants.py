@@ -24,7 +24,7 @@ from .seeded_faults import MUTANTS, Mutant
 from .warm import END
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PARTS = ("visattn", "kernels", "tests")
+PARTS = ("visattn", "kernels", "tests", "bench")
 SECONDS = 120
 """What one test may take; they take a few."""
 
@@ -35,7 +35,7 @@ class Copy:
     def __init__(self, folder: Path, interpreter: bool) -> None:
         self.folder = folder
         for part in PARTS:
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "results"))
         # As it is installed: what Python finds beside a package comes before what an installation has put in its place.
         (folder / "visattn" / "kernels").symlink_to(folder / "kernels", target_is_directory=True)
         shutil.copy(ROOT / "pyproject.toml", folder)

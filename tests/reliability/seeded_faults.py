@@ -47,6 +47,10 @@ def in_interpreter(name: str, file: str, old: str, new: str, killer: str) -> Mut
     return Mutant(name, f"kernels/{file}.py", old, new, killer, interpreter=True)
 
 
+def in_launches(name: str, old: str, new: str, killer: str) -> Mutant:
+    return Mutant(name, "kernels/launching.py", old, new, "tests/test_launching.py::TestOneKernel::" + killer)
+
+
 def in_python(name: str, file: str, old: str, new: str, killer: str) -> Mutant:
     return Mutant(name, f"visattn/{file}.py", old, new, killer)
 
@@ -308,6 +312,13 @@ LAUNCHERS = [
            "t if t is None or not need else t.view_as(t)", "t", PROJECTED + "::test_hooks_run_once", True),
     Mutant("bfloat16 in the interpreter", "visattn/dispatch.py", "if interpreting and x.dtype == torch.bfloat16:", "if False:",
            "tests/test_dispatch.py::test_bfloat16_is_refused_in_the_interpreter", True),
+    in_launches("a kernel for aligned pointers started with others",
+                "arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype,)", "arg.dtype",
+                "test_the_same_kernel_as_triton_for_every_kind_of_argument"),
+    in_launches("a kernel started for other constants",
+                "id(kernel), id(constants), args", "id(kernel), args", "test_constants_and_options"),
+    in_launches("constants known by a place in memory that another has now",
+                "len(args) :]], constants", "len(args) :]], {}", "test_constants_live_as_long_as_they_are_remembered"),
 ]  # fmt: skip
 
 ALGEBRA = [
@@ -348,7 +359,7 @@ WIRING = [
               "ctx.save_for_backward(x, *weights, y, lse)", "ctx.save_for_backward(x.clone(), *weights, y, lse)",
               "tests/test_autograd.py::test_in_place_change_of_what_backward_needs_raises"),
     in_python("backward under autocast", "autograd",
-              "    with without_autocast(x):\n        return implementation", "    with nullcontext():\n        return implementation",
+              "    with without_autocast(x):\n        return implementation", "    if True:\n        return implementation",
               "tests/test_autograd.py::TestAutocast::test_backward_inside_of_autocast_is_the_same"),
     in_python("function transforms not noticed", "autograd",
               "return torch._C._are_functorch_transforms_active()", "return False",
@@ -360,8 +371,8 @@ WIRING = [
               "for w in weights))", "for w in weights._replace(b_k=None)))",
               "tests/test_autograd.py::test_any_subset_of_inputs_may_ask_for_a_gradient[torch"),
     in_python("residual rounded to the autocast dtype", "functional",
-              "add_afterwards = residual and dtype != x.dtype\n    with autograd.without_autocast(x):\n        out = self_attention_2d(",
-              "add_afterwards = False\n    with autograd.without_autocast(x):\n        out = self_attention_2d(",
+              "add_afterwards = residual and dtype != x.dtype\n    with without_autocast(x):\n        out = self_attention_2d(",
+              "add_afterwards = False\n    with without_autocast(x):\n        out = self_attention_2d(",
               "tests/test_autograd.py::TestAutocast::test_residual_is_not_rounded"),
     in_python("float64 under autocast", "functional",
               "if x.dtype != torch.float64 and autocast", "if autocast",
@@ -382,10 +393,10 @@ WIRING = [
               "y = empty_map_like(x).flatten(2) if saved else None", "y = x.new_empty(x.flatten(2).shape) if saved else None",
               "tests/test_compile.py::TestOpcheck::test_forward[torch-keys-all parameters-torch.channels_last]"),
     in_python("op under autocast", "ops",
-              "    with autograd.without_autocast(x):\n        out, y, lse", "    if True:\n        out, y, lse",
+              "    with without_autocast(x):\n        out, y, lse", "    if True:\n        out, y, lse",
               "tests/test_compile.py::test_ops_do_not_heed_autocast"),
     in_python("op on tokens under autocast", "ops",
-              "    with autograd.without_autocast(q):\n        y, lse", "    if True:\n        y, lse",
+              "    with without_autocast(q):\n        y, lse", "    if True:\n        y, lse",
               "tests/test_compile.py::test_ops_do_not_heed_autocast"),
     in_python("results contiguous whatever the map is", "layout",
               "return torch.channels_last if channels_last else torch.contiguous_format", "return torch.contiguous_format",
@@ -411,14 +422,13 @@ DISPATCH = [
               "MIN_COMPUTE_CAPABILITY = (8, 0)", "MIN_COMPUTE_CAPABILITY = (7, 5)",
               "tests/test_dispatch.py::TestReasons::test_old_gpu"),
     in_python("mixed dtypes accepted", "validation",
-              "if tensor.device != device or tensor.dtype != dtype or tensor.layout",
-              "if tensor.device != device or tensor.layout", REFUSED),
+              "elif getattr(tensor, \"dtype\", None) is not dtype or tensor.layout", "elif tensor.layout", REFUSED),
     in_python("γ of any shape", "validation",
               "if gamma is not None and gamma.numel() != 1:", "if gamma is not None and gamma.numel() < 1:", REFUSED),
     in_python("windows larger than the map", "validation",
               "if pool > min(x.shape[2:]):", "if pool > max(x.shape[2:]):", REFUSED),
-    in_python("derivatives that go forwards lost in silence", "functional",
-              "if autograd.transforms_are_active() or autograd.derives_forwards():", "if autograd.transforms_are_active():", REFUSED),
+    in_python("derivatives that go forwards lost in silence", "autograd",
+              "transforms_are_active() or forward_ad._current_level >= 0", "transforms_are_active()", REFUSED),
     in_python("pixels counted in narrow integers", "functional",
               "pixels = pixels.long()  # narrower", "pixels = pixels.clone()  # narrower", REFUSED),
     in_python("rows below the map", "validation",
