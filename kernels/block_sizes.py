@@ -218,7 +218,13 @@ PROJECTED_TABLE: Table = {
 }  # fmt: skip
 PROJECTED_TABLE |= {("blackwell", operands): PROJECTED_TABLE["hopper", operands] for operands in ("half", "tf32", "fp32")}
 PROJECTED_TABLE["blackwell", "half"] = PROJECTED_TABLE["hopper", "half"] | {
-    256: ((64, 64, ALL, 16, 8, 1), (64, 64, ALL, 32, 8, 2), (64, 64, ALL, 16, 8, 1), (64, 64, ALL, 16, 8, 2), (32, 64, 128, 16, 8, 1, 255)),
+    256: (
+        (64, 64, ALL, 16, 8, 1, 255),
+        (64, 64, ALL, 32, 8, 2),
+        (64, 64, ALL, 16, 8, 1),
+        (64, 64, ALL, 16, 8, 2),
+        (32, 64, 128, 16, 8, 1, 255),
+    ),
 }
 PROJECTED_TABLE["blackwell", "tf32"] = PROJECTED_TABLE["hopper", "tf32"] | {
     128: ((64, 64, ALL, 16, 4, 1, 255), (64, 32, 64, 16, 8, 1), (64, 64, ALL, 32, 4, 1), (64, 16, ALL, 16, 4, 2), (16, 32, 64, 16, 8, 1)),

@@ -36,6 +36,9 @@ FILLS_A_CHIP = 128
 """So many programs keep the larger chips busy, which have 108 to 148 multiprocessors. It is not asked of the device: results would
 depend on it."""
 
+MAX_REGISTERS = 255
+"""Of a thread, on NVIDIA GPUs."""
+
 SPLITS_TAKE = 16_000
 """Cycles that a program has to be saved by splitting the keys: about 9 µs."""
 
@@ -215,6 +218,14 @@ def gradient_splits(num_maps: int, num_channels: int, num_tokens: int, configs: 
     keys = _splits_that_pay(num_maps, num_channels, num_tokens, query.block_m, query.block_n)
     queries = _splits_that_pay(num_maps, num_channels, num_tokens, key_value.block_n, key_value.block_m)
     return keys if num_channels >= 16 else Splits(1, num_tokens), queries
+
+
+def split_config(config: LaunchConfig, target: Target) -> LaunchConfig:
+    """The configuration of a backward kernel whose loop is split. On Blackwell a thread may have all the registers.
+
+    There the assembler would spill, to let two programs run on a multiprocessor. There are fewer than multiprocessors.
+    """
+    return config._replace(max_registers=MAX_REGISTERS) if target.architecture == "blackwell" else config
 
 
 @remembered

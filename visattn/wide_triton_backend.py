@@ -60,7 +60,9 @@ def backward(
         if keys.number == 1:
             d_u, delta = kernels.wide_query_gradient(tokens, u, d_y, y, lse, config=configs.query_gradient)
         else:
-            d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=configs.query_gradient)
+            d_u, delta = kernels.split_query_gradient(
+                tokens, u, d_y, y, lse, keys, config=kernels.split_config(configs.query_gradient, target)
+            )
         d_x = None
         if need_x:
             d_x = empty_map_like(x)
@@ -74,7 +76,7 @@ def backward(
             if queries.number == 1:
                 kernels.key_value_gradient(*operands, config=configs.key_value_gradient)
             else:
-                kernels.split_key_value_gradient(*operands, queries, config=configs.key_value_gradient)
+                kernels.split_key_value_gradient(*operands, queries, config=kernels.split_config(configs.key_value_gradient, target))
             deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, NO_GRADIENTS
