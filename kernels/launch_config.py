@@ -221,11 +221,14 @@ def gradient_splits(num_maps: int, num_channels: int, num_tokens: int, configs: 
 
 
 def split_config(config: LaunchConfig, target: Target) -> LaunchConfig:
-    """The configuration of a backward kernel whose loop is split. On Blackwell a thread may have all the registers.
+    """The configuration of a backward kernel whose loop is split: a thread may have all registers where as many programs run at once.
 
-    There the assembler would spill, to let two programs run on a multiprocessor. There are fewer than multiprocessors.
+    Else the assembler may spill to let more programs run on a multiprocessor than FILLS_A_CHIP puts there: two, and on Blackwell one. Two
+    of four warps have all registers.
     """
-    return config._replace(max_registers=MAX_REGISTERS) if target.architecture == "blackwell" else config
+    if target.architecture == "blackwell" or (target.architecture != "cdna" and config.num_warps == 4):
+        return config._replace(max_registers=MAX_REGISTERS)
+    return config
 
 
 @remembered
