@@ -250,9 +250,15 @@ def _splits_that_pay(num_maps: int, num_channels: int, num_tokens: int, block: i
 def projects_keys(num_maps: int, num_channels: int, num_tokens: int, qk_channels: int, dtype: torch.dtype, target: Target) -> bool:
     """Whether queries and keys of `qk_channels` are projected, or the keys' weight is folded into the query.
 
-    Narrow ones are, but on maps of one tile: those take longer to start kernels for, of which folded there are fewest.
+    Narrow ones are, but on maps of one tile, which take longer to start kernels for, of which folded there are fewest; and where so few
+    programs go through all keys that folded they are split among twice as many, or more: the products that folding costs are no more than
+    that (`has_narrow_queries` counts them).
     """
-    return has_narrow_queries(num_channels, qk_channels) and single_tile_config(num_maps, num_channels, num_tokens, dtype, target) is None
+    if not has_narrow_queries(num_channels, qk_channels):
+        return False
+    if single_tile_config(num_maps, num_channels, num_tokens, dtype, target) is not None:
+        return False
+    return key_splits(num_maps, num_channels, num_tokens, forward_config(num_channels, dtype, target)).number == 1
 
 
 @functools.cache

@@ -140,6 +140,12 @@ class TestFolded:
         assert_correct(make_problem((2, 24, 11, 13), dtype, regime=regime), "triton", PLACE)
         assert self.splits[0][0] > 2
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_narrow_queries_that_are_folded(self, dtype, monkeypatch):
+        monkeypatch.setattr(kernels, "projects_keys", lambda *_: False)
+        assert_correct(make_problems((2, 24, 11, 13), dtype, qk_channels=3, mean=1.0), "triton", PLACE)
+        assert self.splits[0][0] > 2
+
     @pytest.mark.parametrize(("channels", "dtype"), [(200, torch.float16), (96, torch.float32)], ids=str)
     def test_parked_queries(self, channels, dtype):
         """Splits park them in memory of their own, in fp32 where y takes their place."""

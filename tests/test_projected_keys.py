@@ -41,6 +41,13 @@ class TestSelection:
     def test_maps_of_one_tile_fold_where_that_is_two_launches_backward(self, maps, tokens, target, projected):
         assert kernels.projects_keys(maps, 64, tokens, 8, torch.float32, target) == projected
 
+    @pytest.mark.parametrize(("maps", "tokens", "projected"), [
+        (1, 1024, True), (1, 2304, False), (1, 4096, False), (2, 4096, True), (1, 65536, True), (0, 4096, True),
+    ])  # fmt: skip
+    def test_a_few_maps_whose_keys_are_split_fold(self, maps, tokens, projected):
+        assert kernels.projects_keys(maps, 64, tokens, 8, torch.bfloat16, HOPPER) == projected
+        assert (kernels.key_splits(maps, 64, tokens, kernels.forward_config(64, torch.bfloat16, HOPPER)).number == 1) == projected
+
     @pytest.mark.kernels
     @pytest.mark.parametrize(
         ("channels", "qk_channels", "width", "projected"), [(24, 3, 17, True), (24, 24, 17, False), (16, 2, 17, False), (24, 3, 16, False)]
