@@ -124,26 +124,31 @@ FOLDED_TABLE["blackwell", "fp32"] = FOLDED_TABLE["hopper", "fp32"] | {
     128: ((64, 32, 32, 16, 8, 1, 255), (64, 64, 32, 16, 4, 1), (64, 32, 32, 16, 8, 1), (16, 64, 32, 16, 8, 1), (64, 32, ALL, 32, 4, 2)),
 }  # fmt: skip
 
-# The backward pass of a map that is one tile, in one launch: block_m is the tile, block_n what its gradients take at a step. Where a row is
-# missing it would spill; the kernels of FOLDED_TABLE run then.
-SINGLE_TILE_TABLE: dict[tuple[str, str], dict[int, Sizes]] = {
+# The backward pass of a map that is one tile, in one launch: block_m is the tile, block_n what its gradients take at a step. Larger tiles
+# follow smaller ones. Where a row is missing it would spill; the kernels of FOLDED_TABLE run then.
+SINGLE_TILE_TABLE: dict[tuple[str, str], dict[int, tuple[Sizes, ...]]] = {
     ("hopper", "half"): {
-        16: (64, 64, ALL, 16, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 64, 4, 1), 128: (64, 64, ALL, 64, 4, 1),
+        16: ((64, 64, ALL, 16, 4, 1), (128, 64, ALL, 16, 8, 1)), 32: ((64, 64, ALL, 32, 4, 1), (128, 64, ALL, 32, 8, 1)),
+        64: ((64, 64, ALL, 64, 4, 1), (128, 64, ALL, 64, 8, 1)), 128: ((64, 64, ALL, 64, 4, 1), (128, 64, ALL, 64, 8, 1)),
     },
     ("hopper", "tf32"): {
-        16: (64, 64, ALL, 16, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 32, 4, 1), 128: (64, 64, 64, 16, 8, 1),
+        16: ((64, 64, ALL, 16, 4, 1), (128, 64, ALL, 16, 8, 1)), 32: ((64, 64, ALL, 32, 4, 1), (128, 64, ALL, 32, 8, 1)),
+        64: ((64, 64, ALL, 32, 4, 1), (128, 32, ALL, 32, 8, 1)), 128: ((64, 64, 64, 16, 8, 1), (128, 32, 64, 16, 8, 1)),
     },
     ("hopper", "fp32"): {
-        16: (64, 32, ALL, 16, 8, 1), 32: (64, 32, ALL, 16, 8, 1), 64: (64, 32, 32, 16, 8, 1, 255), 128: (64, 16, 16, 16, 8, 1, 255),
+        16: ((64, 32, ALL, 16, 8, 1),), 32: ((64, 32, ALL, 16, 8, 1),),
+        64: ((64, 32, 32, 16, 8, 1, 255),), 128: ((64, 16, 16, 16, 8, 1, 255),),
     },
     ("blackwell", "half"): {
-        16: (64, 64, ALL, 16, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 64, 4, 1), 128: (64, 64, ALL, 64, 4, 1, 255),
+        16: ((64, 64, ALL, 16, 4, 1), (128, 64, ALL, 16, 8, 1)), 32: ((64, 64, ALL, 32, 4, 1), (128, 64, ALL, 32, 8, 1)),
+        64: ((64, 64, ALL, 64, 4, 1), (128, 64, ALL, 64, 8, 1, 255)), 128: ((64, 64, ALL, 64, 4, 1, 255),),
     },
     ("blackwell", "tf32"): {
-        16: (64, 64, ALL, 32, 4, 1), 32: (64, 64, ALL, 32, 4, 1), 64: (64, 64, ALL, 32, 4, 1), 128: (64, 64, ALL, 32, 8, 1),
+        16: ((64, 64, ALL, 32, 4, 1), (128, 64, ALL, 16, 8, 1)), 32: ((64, 64, ALL, 32, 4, 1), (128, 64, ALL, 32, 8, 1)),
+        64: ((64, 64, ALL, 32, 4, 1), (128, 32, ALL, 32, 8, 1)), 128: ((64, 64, ALL, 32, 8, 1),),
     },
-    ("blackwell", "fp32"): {16: (64, 32, ALL, 16, 8, 1), 32: (64, 32, ALL, 16, 8, 1), 64: (64, 32, ALL, 16, 8, 1)},
-    ("ampere", "half"): {16: (64, 64, ALL, 16, 8, 1)},
+    ("blackwell", "fp32"): {16: ((64, 32, ALL, 16, 8, 1),), 32: ((64, 32, ALL, 16, 8, 1),), 64: ((64, 32, ALL, 16, 8, 1),)},
+    ("ampere", "half"): {16: ((64, 64, ALL, 16, 8, 1),)},
 }  # fmt: skip
 
 # The forward kernel where it normalises the map itself: mean, factor and bias of all channels are held as well.

@@ -292,10 +292,9 @@ def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype:
     With many maps starting the kernels no longer counts, and the sums for the weights, one of each map, would.
     """
     operands, precision = _operands(num_channels, dtype, target)
-    sizes = SINGLE_TILE_TABLE.get((target.architecture, operands), {}).get(block_channels(num_channels))
-    if sizes is None or num_tokens > sizes[0] or num_maps > MAX_SPLITS:
-        return None
-    return _config(sizes, precision)
+    tiles = SINGLE_TILE_TABLE.get((target.architecture, operands), {}).get(block_channels(num_channels), ())
+    sizes = next((sizes for sizes in tiles if num_tokens <= sizes[0]), None)
+    return None if sizes is None or num_maps > MAX_SPLITS else _config(sizes, precision)
 
 
 @functools.cache

@@ -28,13 +28,19 @@ class TestRule:
             (1, 1, 1, True),
             (256, 128, 64, True),
             (257, 128, 64, False),
-            (1, 128, 65, False),
+            (256, 128, 128, True),
+            (1, 128, 129, False),
             (1, 129, 64, False),
         ],
     )
     def test_maps_of_one_tile_that_are_not_too_many(self, maps, channels, tokens, single):
         config = launch_config.single_tile_config(maps, channels, tokens, torch.bfloat16, HOPPER)
         assert (config is not None) == single
+        assert config is None or config.block_m == (64 if tokens <= 64 else 128)
+
+    def test_in_full_precision_a_tile_is_smaller(self):
+        assert launch_config.single_tile_config(1, 16, 64, torch.float32, HOPPER) is not None
+        assert launch_config.single_tile_config(1, 16, 65, torch.float32, HOPPER) is None
 
     def test_classes_of_devices_without_sizes_keep_the_other_kernels(self):
         assert launch_config.single_tile_config(1, 64, 64, torch.float32, kernels.Target("cdna", "ieee")) is None
@@ -61,6 +67,17 @@ def test_branch_and_gradients(shape, qk_channels, regime, dtype, ran):
     assert not ran["other"]
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("shape", "qk_channels", "mean"),
+    [((2, 24, 8, 16), 24, 0.0), ((1, 100, 9, 11), 100, 0.0), ((2, 33, 5, 13), 3, 0.0), ((1, 24, 9, 11), 24, 10.0)],
+)
+def test_tiles_of_twice_as_many_tokens(shape, qk_channels, mean, ran):
+    assert_correct(make_problems(shape, torch.float16, qk_channels=qk_channels, mean=mean), "triton", PLACE)
+    assert ran["single"]
+    assert not ran["other"]
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """How often either backward pass has run."""
@@ -79,11 +96,18 @@ def ran(monkeypatch):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize(("shape", "single"), [((2, 16, 8, 8), True), ((2, 16, 5, 13), False)], ids=str)
-def test_which_one_runs(shape, single, ran):
-    x = torch.randn(shape, device=PLACE, requires_grad=True)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "single"),
+    [
+        ((2, 16, 8, 8), torch.float32, True), ((2, 16, 5, 13), torch.float32, False),
+        ((2, 16, 8, 16), torch.float16, True), ((2, 16, 3, 43), torch.float16, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_which_one_runs(shape, dtype, single, ran):
+    x = torch.randn(shape, device=PLACE, dtype=dtype, requires_grad=True)
     with use_backend("triton"):
-        self_attention_2d(x, *torch.randn(3, 16, 16, device=PLACE)).sum().backward()
+        self_attention_2d(x, *torch.randn(3, 16, 16, device=PLACE, dtype=dtype)).sum().backward()
     assert ran == {"single": int(single), "other": int(not single)}
 
 
