@@ -289,12 +289,15 @@ def backward_configs(num_channels: int, dtype: torch.dtype, target: Target) -> B
 def single_tile_config(num_maps: int, num_channels: int, num_tokens: int, dtype: torch.dtype, target: Target) -> LaunchConfig | None:
     """The configuration of `single_tile_backward`, or None where a map is not one tile, or the kernels of larger maps have to do it.
 
-    With many maps starting the kernels no longer counts, and the sums for the weights, one of each map, would.
+    With many maps starting the kernels no longer counts, and the sums for the weights, one of each map, would. A tile of more than 64
+    tokens has a multiprocessor to itself: of those there are no more than fill a chip.
     """
     operands, precision = _operands(num_channels, dtype, target)
     tiles = SINGLE_TILE_TABLE.get((target.architecture, operands), {}).get(block_channels(num_channels), ())
     sizes = next((sizes for sizes in tiles if num_tokens <= sizes[0]), None)
-    return None if sizes is None or num_maps > MAX_SPLITS else _config(sizes, precision)
+    if sizes is None or num_maps > (MAX_SPLITS if sizes[0] <= 64 else FILLS_A_CHIP):
+        return None
+    return _config(sizes, precision)
 
 
 @functools.cache

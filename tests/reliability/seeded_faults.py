@@ -153,7 +153,7 @@ KERNELS = [
     in_interpreter("sums of the first map for all that are one tile", "single_tile_backward",
                    "product_ptr += n * 2 * C * C", "product_ptr += 0", SINGLE + "::test_branch_and_gradients"),
     in_interpreter("maps that are one tile, with as many as there may be", "launch_config",
-                   " or num_maps > MAX_SPLITS", "", SINGLE + "::TestRule"),
+                   " or num_maps > (MAX_SPLITS if sizes[0] <= 64 else FILLS_A_CHIP)", "", SINGLE + "::TestRule"),
     in_interpreter("maps larger than a tile taken for one", "launch_config",
                    "for sizes in tiles if num_tokens <= sizes[0]", "for sizes in tiles[-1:]", SINGLE + "::test_which_one_runs"),
     in_interpreter("first splits of a sum only", "weight_gradients",
