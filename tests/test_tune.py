@@ -271,7 +271,7 @@ def stubbed_gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "unsupported_reasons", lambda *_: [])
     monkeypatch.setattr(triton_backend, "kernel_target", lambda _: TARGET)
     monkeypatch.setattr(trial, "kernel_target", lambda _: TARGET)
-    shapes = [(2, 10), (1, 9)]  # more than one tile holds
+    shapes = [(2, 13), (1, 12)]  # more than one tile holds
     monkeypatch.setattr(
         Entry, "cases",
         lambda self: [Case("tune", "sagan" if self.form == "narrow" else "attention", n, self.channels, s, s, "bfloat16", False, "training")
@@ -306,7 +306,7 @@ def test_a_trial_times_the_candidates_own_kernel_and_no_other(entry, stubbed_gpu
         ((name, kwargs),) = stubbed_gpu.launched
         assert (name, kwargs["num_warps"]) == (entry.function, 16)
         widths = {tensor.shape[-1] for tensor in kwargs.values() if isinstance(tensor, torch.Tensor)}
-        assert {100, 81} & widths == {(100, 81)[case]}
+        assert {169, 144} & widths == {(169, 144)[case]}
 
 
 @pytest.mark.parametrize(
