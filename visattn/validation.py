@@ -131,7 +131,7 @@ def check_self_attention_2d(
         if tensor is None:
             if name in _MATRICES:
                 _check_tensor(name, tensor, x)
-        elif getattr(tensor, "dtype", None) is not dtype or tensor.layout is not _DENSE or tensor.device != device:
+        elif getattr(tensor, "dtype", None) is not dtype or getattr(tensor, "layout", None) is not _DENSE or tensor.device != device:
             _check_tensor(name, tensor, x)
     qk_channels = _check_weight("w_q", w_q, None, channels)
     _check_weight("w_k", w_k, qk_channels, channels)
