@@ -266,6 +266,7 @@ QUERY, KEY_VALUE = "split_query_gradient_kernel spills ", "split_key_value_gradi
 KNOWN_OF_SPLITS = {
     ("sm_90", "fp32 highest", 48, True): "split_attention_forward_kernel spills 8 (255 registers)",
     ("sm_86", "fp32 high", 256, True): KEY_VALUE + "8 (128 registers)",
+    ("sm_89", "fp32 high", 256, True): KEY_VALUE + "8 (128 registers)",
     ("sm_120", "fp16", 256, False): QUERY + "16 (128 registers)",
     ("sm_120", "bf16", 256, False): QUERY + "16 (128 registers)",
     ("sm_120", "fp16", 320, True): QUERY + "16 (255 registers)",
