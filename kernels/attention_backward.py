@@ -383,13 +383,7 @@ def prepare_backward(
 
 @remembered
 def _query_constants(num_channels: int, qk_channels: int, residual: bool, config: LaunchConfig) -> Constants:
-    block_c = block_channels(num_channels)
-    return dict(
-        C=num_channels, D=qk_channels, RESIDUAL=residual,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
-    )  # fmt: skip
+    return {**config.folded_constants(num_channels, qk_channels), "RESIDUAL": residual}
 
 
 def query_gradient(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .attention_forward import attend_all_keys, attended, fold_queries
 from .block_sizes import MERGE_OPTIONS, MERGE_TILE
-from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
+from .launch_config import LaunchConfig, num_tiles, remembered
 from .launching import Constants, launch
 from .primitives import NORM_ROWS, load_tile, locate, store_sum, store_tile, tile_offsets
 
@@ -102,13 +102,7 @@ def merge_splits_kernel(
 
 @remembered
 def _split_constants(num_channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
-    block_c = block_channels(num_channels)
-    return dict(
-        C=num_channels, D=qk_channels,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=block_c, BLOCK_K=min(config.block_k, block_c),
-        BLOCK_P=config.query_step(num_channels), BLOCK_D=config.block_d,
-        INPUT_PRECISION=config.input_precision, **config.options,
-    )  # fmt: skip
+    return config.folded_constants(num_channels, qk_channels)
 
 
 def split_attention_forward(

@@ -97,6 +97,16 @@ class LaunchConfig(NamedTuple):
             "INPUT_PRECISION": self.input_precision,
         }
 
+    def folded_constants(self, num_channels: int, qk_channels: int) -> dict[str, int | str | bool]:
+        """Those of kernels that fold the queries of a map of up to FUSED_CHANNELS and meet all keys, but RESIDUAL; and the options."""
+        return {
+            **self.blocks(num_channels),
+            "D": qk_channels,
+            "BLOCK_P": self.query_step(num_channels),
+            "BLOCK_D": self.block_d,
+            **self.options,
+        }
+
     def steps_over_channels(self, num_channels: int) -> bool:
         """Whether tiles of tokens are too wide to stay in registers, so that the forward kernel parks them in `y`."""
         return self.block_k < block_channels(num_channels)
