@@ -47,12 +47,16 @@ def section(results: list[dict[str, Any]]) -> str:
         text += [comparison.report.markdown_table(["model (attention)", "epochs", "test accuracy, %", "seed", "time an epoch"], lines)]
     missing = [name for name in models.names() if not any(r["model"] == name for r in whole)]
     few = sorted({r["model"] for r in whole if sum(o["model"] == r["model"] and o["attention"] == r["attention"] for o in whole) < 3})
-    sources = sorted({(r["data"], r["processor"], r["precision"], r["versions"]["torch"], r["commit"] or "unknown") for r in results})
+    commits: dict[tuple[str, ...], set[str]] = {}
+    for r in results:
+        place = (r["data"], r["processor"], r["precision"], f"torch {r['versions']['torch']}")
+        commits.setdefault(place, set()).add(f"`{r['commit'] or 'unknown'}`")
+    sources = [f"{', '.join(place)}, commit {', '.join(sorted(found))}" for place, found in sorted(commits.items())]
     text += [
         f"Not run by the whole recipe: {', '.join(missing) or 'nothing'}. With fewer than three seeds: {', '.join(few) or 'nothing'}.\n"
     ]
     if sources:
-        text += ["Measured: " + "; ".join(f"{d}, {p}, {precision}, torch {t}, commit `{c}`" for d, p, precision, t, c in sources) + ".\n"]
+        text += [f"Measured: {'; '.join(sources)}.\n"]
     return "\n".join(text)
 
 

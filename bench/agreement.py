@@ -1,5 +1,5 @@
 """Do fused and naive attention train alike? `python -m bench.agreement run [MODEL …]` trains both from one seed on the embedded digits
-and files the largest relative difference of their losses; `python -m bench.agreement table` writes the README's section from that.
+and files the largest relative difference of their losses; `python -m bench.agreement table` writes that as a table and the README's line.
 
 A rounding error grows while a model trains, whatever made it. So beside each pair stands a control: naive attention twice, the second
 time from weights that are one rounding off. In fp64 there is room between what rounding grows to and what an error would be.
@@ -18,9 +18,10 @@ from visattn import comparison, data, files, models, provenance, training
 from visattn.device import describe
 from visattn.recipes import RECIPES
 
-from .readme import Section
+from .readme import README, Section
 
 FILE = Path(__file__).resolve().parent / "results" / "agreement.json"
+PAGE = FILE.with_suffix(".md")
 SECTION = Section("agreement", "python -m bench.agreement table")
 STEPS, LIMIT = 200, 1e-3
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -117,7 +118,19 @@ def file(row: dict[str, Any]) -> None:
 
 
 def section(rows: list[dict[str, Any]]) -> str:
-    """The README's section."""
+    """The README's line: how many models there are in fp64, the largest difference, and what does not stay below the limit."""
+    exact = [r for r in rows if r["dtype"] == "fp64"]
+    if not exact:
+        return "Nothing is filed.\n"
+    beyond = [f"{r['model']} in {r['dtype']}: {r['difference']:.1e}" for r in rows if r["difference"] >= LIMIT]
+    steps = min(r["steps"] for r in exact)
+    text = f"In fp64 the losses of {len(exact)} models' first {steps} steps differ by at most {max(r['difference'] for r in exact):.1e}"
+    also = f"; above {LIMIT:g}: {', '.join(beyond)}" if beyond else ""
+    return f"{text}{also}. [All of them]({PAGE.relative_to(README.parent)}).\n"
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table of all pairs, each with its control, and where they were trained."""
     lines = [
         [
             f"{r['model']} ({r['kinds'][0]} and {r['kinds'][1]})", r["dtype"],
@@ -133,7 +146,12 @@ def section(rows: list[dict[str, Any]]) -> str:
     )
     steps = sorted({r["steps"] for r in rows})
     sources = sorted({(r["processor"], r["torch"], r["commit"] or "unknown") for r in rows})
-    head = f"Losses of the first {', '.join(map(str, steps))} steps from one seed, the recipe's optimizer:\n"
+    head = (
+        "# Do fused and naive attention train alike?\n\n"
+        f"Losses of the first {', '.join(map(str, steps))} steps from one seed, the recipe's optimizer. Any rounding error grows while a "
+        "model trains; beside each pair stands naive attention against itself, its weights one rounding off. sagan_cnn sees more images, "
+        "and smaller ones: of a few of its own width the ReLU behind its classifier dies, and no step teaches it anything.\n"
+    )
     return "\n".join([head, table, "Measured: " + "; ".join(f"{p}, torch {t}, commit `{c}`" for p, t, c in sources) + ".\n"])
 
 
@@ -144,10 +162,11 @@ def main() -> int:
     with_attention = [name for name in models.names() if kinds(name)]
     run.add_argument("models", nargs="*", metavar="MODEL", default=with_attention, help=f"of {', '.join(with_attention)}; default: all")
     run.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    commands.add_parser("table", help="write the README's section")
+    commands.add_parser("table", help="write the table and the README's line")
     options = parser.parse_args()
     if options.command == "table":
         SECTION.write(section(filed()))
+        files.write(PAGE, page(filed()))
         return 0
     unknown = [name for name in options.models if name not in with_attention]
     if unknown:

@@ -170,7 +170,7 @@ RECORDED: list[tuple[Any, str, str]] = [
     (kernels, "attention_forward", "arguments of launches"),
     (kernels, "prepare_backward", "arguments of launches"),
     (kernels, "query_gradient", "arguments of launches"),
-    (kernels, "key_value_gradient", "arguments of launches"),
+    (kernels, "key_value_gradient_in_splits", "arguments of launches"),
     (kernels, "projected_attention_forward", "arguments of launches"),
     (kernels, "projected_attention_backward", "arguments of launches"),
     (kernels, "qkv_projection", "arguments of launches"),

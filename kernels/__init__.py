@@ -1,9 +1,9 @@
 """Triton kernels of visattn and their launchers. Installed as `visattn.kernels`; knows torch and triton only."""
 
 from .alignment import empty_aligned, empty_with_strides_of, readable, writable
-from .attention_backward import key_value_gradient, prepare_backward, query_gradient
+from .attention_backward import prepare_backward, query_gradient
 from .attention_forward import attention_forward
-from .gradient_splits import split_key_value_gradient, split_query_gradient
+from .gradient_splits import key_value_gradient_in_splits, split_query_gradient
 from .group_norm import group_statistics
 from .key_splits import split_attention_forward
 from .launch_config import (
@@ -26,7 +26,6 @@ from .launch_config import (
     projection_configs,
     projects_keys,
     single_tile_config,
-    split_config,
     token_configs,
     weight_gradients_config,
     weight_product_config,
@@ -66,7 +65,7 @@ __all__ = [
     "group_statistics",
     "has_narrow_queries",
     "key_splits",
-    "key_value_gradient",
+    "key_value_gradient_in_splits",
     "output_gradients",
     "output_projection",
     "output_projection_backward",
@@ -85,8 +84,6 @@ __all__ = [
     "single_tile_backward",
     "single_tile_config",
     "split_attention_forward",
-    "split_config",
-    "split_key_value_gradient",
     "split_query_gradient",
     "token_attention_backward",
     "token_attention_forward",

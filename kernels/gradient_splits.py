@@ -9,10 +9,16 @@ import triton
 import triton.language as tl
 
 from .alignment import empty_with_strides_of
-from .attention_backward import delta_of_queries, key_value_constants, key_value_gradient_of_all_queries, query_gradient_of_all_keys
+from .attention_backward import (
+    delta_of_queries,
+    key_value_constants,
+    key_value_gradient,
+    key_value_gradient_of_all_queries,
+    query_gradient_of_all_keys,
+)
 from .block_sizes import MERGE_TILE
 from .key_splits import empty_splits, merge_constants
-from .launch_config import LaunchConfig, Splits, num_programs, num_tiles, remembered
+from .launch_config import LaunchConfig, Splits, Target, num_programs, num_tiles, remembered, split_config
 from .launching import Constants, launch
 from .primitives import load_tile, locate, store_sum, store_tile, tile_offsets
 
@@ -150,12 +156,14 @@ def _query_constants(num_channels: int, config: LaunchConfig) -> Constants:
 
 
 def split_query_gradient(
-    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, splits: Splits, *, config: LaunchConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, y: torch.Tensor, lse: torch.Tensor, splits: Splits,
+    *, config: LaunchConfig, target: Target,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """`(du, Δ)`: the gradient of the folded queries without log2(e) (N, C, L), and Δ (N, L), mended, in so many splits of the keys.
 
-    x, u (with log2(e)), d_y and y (N, C, L), d_y with the strides of u; lse (N, L) base 2.
+    x, u (with log2(e)), d_y and y (N, C, L), d_y with the strides of u; lse (N, L) base 2. config: that of the loop which is split.
     """
+    config = split_config(config, target)
     d_u, delta = empty_with_strides_of(y), torch.empty_like(lse)
     split_d_u, row_sums = empty_splits(y, lse, splits.number)
     launch(
@@ -172,11 +180,15 @@ def split_query_gradient(
     return d_u, delta
 
 
-def split_key_value_gradient(
+def key_value_gradient_in_splits(
     x: torch.Tensor, u: torch.Tensor, d_y: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, d_x: torch.Tensor, splits: Splits,
-    *, config: LaunchConfig,
+    *, config: LaunchConfig, target: Target,
 ) -> None:  # fmt: skip
-    """Adds to `d_x` (N, C, L) what x receives as keys and as values, in so many splits of the queries; delta (N, L) is mended."""
+    """`key_value_gradient` in so many splits of the queries, which may be one; delta (N, L) is mended. config: that of the unsplit loop."""
+    if splits.number == 1:
+        key_value_gradient(x, u, d_y, lse, delta, d_x, config=config)
+        return
+    config = split_config(config, target)
     split_d_x, _ = empty_splits(d_x, lse, splits.number)
     launch(
         split_key_value_gradient_kernel, num_programs(config.block_n, *x.shape) * splits.number,

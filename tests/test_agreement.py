@@ -43,7 +43,8 @@ def test_rows_replace_older_ones_of_their_kind_and_make_the_section(monkeypatch,
     agreement.file(row | {"dtype": "fp32"})
     agreement.file(row | {"difference": 4e-4})
     assert [(r["dtype"], r["difference"]) for r in agreement.filed()] == [("fp32", 2e-3), ("fp64", 4e-4)]
-    text = agreement.section(agreement.filed())
+    assert "1 models' first 2 steps differ by at most 4.0e-04; above 0.001: vit in fp32: 2.0e-03" in agreement.section(agreement.filed())
+    text = agreement.page(agreement.filed())
     assert "| vit (sdpa and naive) | fp32 | 8 of 32×24 | 2.300 → 1.100 | 2.0e-03 | no | 1.0e-09 |" in text
     assert "| fp64 | 8 of 32×24 | 2.300 → 1.100 | 4.0e-04 | yes |" in text
     assert "an abacus" in text

@@ -3,12 +3,14 @@
 import re
 
 import pytest
+import torch
 
-from bench import accuracy, speed
+from bench import accuracy, agreement, speed
 from bench.readme import README
 from visattn import comparison
 from visattn.recipes import PUBLISHED, RECIPES
 
+from .conftest import INTERPRETING
 from .reliability import filed
 
 
@@ -67,3 +69,39 @@ def test_every_model_has_a_recipe_and_published_figures_belong_to_models_there_a
 def test_the_readme_holds_the_table_of_what_was_tried():
     text = README.read_text(encoding="utf-8")
     assert filed.SECTION.replaced(text, filed.section(filed.read())) == text, "run: python -m tests.reliability --readme"
+    assert filed.PAGE.read_text(encoding="utf-8") == filed.page(filed.read()), "run: python -m tests.reliability --readme"
+
+
+def test_the_readme_says_whether_fused_and_naive_attention_train_alike():
+    text = README.read_text(encoding="utf-8")
+    assert agreement.SECTION.replaced(text, agreement.section(agreement.filed())) == text, "run: python -m bench.agreement table"
+    assert agreement.PAGE.read_text(encoding="utf-8") == agreement.page(agreement.filed()), "run: python -m bench.agreement table"
+
+
+def launches_of_row(line):
+    """The forward and backward launches that a row of kernels/README.md names, and the shape and width of queries that it is of."""
+    maps, *passes = (cell.strip() for cell in line.strip("|\n").split("|"))
+    n, c, h, w = map(int, re.match(r"\((\d+), (\d+), (\d+), (\d+)\)", maps).groups())
+    narrow = re.search(r"(\d+) query channels", maps)
+    named = [f"{name}_kernel" for cell in passes for name in re.findall(r"`(\w+)`", cell)]
+    return {"channels": c, "tokens": h * w, "maps": n, "qk_channels": int(narrow[1]) if narrow else None}, named
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter has no launches to catch")
+def test_the_kernels_readme_names_the_launches_there_are():
+    pytest.importorskip("triton")
+    from bench.ahead_of_time import DEVICES
+    from bench.passes import layer_launches
+
+    text = (README.parent / "kernels" / "README.md").read_text(encoding="utf-8")
+    rows = [launches_of_row(line) for line in text.splitlines() if re.match(r"\| \(\d", line)]
+    assert len(rows) == 6
+    for problem, named in rows:
+        launches = layer_launches(DEVICES["sm_90"], torch.bfloat16, problem.pop("channels"), **problem)
+        assert [launch.name for launch in launches] == named, problem
+
+
+def test_the_kernels_readme_names_every_file():
+    folder = README.parent / "kernels"
+    named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8")))
+    assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}

@@ -155,15 +155,12 @@ def _attention_backward(
     if keys.number == 1:
         d_u = kernels.query_gradient(tokens, g, u, d_y, y, lse, delta, w_q, w_k, d_tokens, scale=scale, residual=residual, config=config)
     else:
-        d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=kernels.split_config(config, target))
+        d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=config, target=target)
         if d_tokens is not None:
             _project_back(d_u, w_q, w_k, g, d_tokens, scale, residual, target)
     if d_tokens is not None:
-        operands = (tokens, u, d_y, lse, delta, d_tokens)
-        if queries.number == 1:
-            kernels.key_value_gradient(*operands, config=configs.key_value_gradient)
-        else:
-            kernels.split_key_value_gradient(*operands, queries, config=kernels.split_config(configs.key_value_gradient, target))
+        config = configs.key_value_gradient
+        kernels.key_value_gradient_in_splits(tokens, u, d_y, lse, delta, d_tokens, queries, config=config, target=target)
     return d_u
 
 

@@ -60,9 +60,7 @@ def backward(
         if keys.number == 1:
             d_u, delta = kernels.wide_query_gradient(tokens, u, d_y, y, lse, config=configs.query_gradient)
         else:
-            d_u, delta = kernels.split_query_gradient(
-                tokens, u, d_y, y, lse, keys, config=kernels.split_config(configs.query_gradient, target)
-            )
+            d_u, delta = kernels.split_query_gradient(tokens, u, d_y, y, lse, keys, config=configs.query_gradient, target=target)
         d_x = None
         if need_x:
             d_x = empty_map_like(x)
@@ -72,11 +70,8 @@ def backward(
                 torch.add(g, through_queries, alpha=1 / LOG2E, out=d_tokens)
             else:
                 torch.mul(through_queries, 1 / LOG2E, out=d_tokens)
-            operands = (tokens, u, d_y, lse, delta, d_tokens)
-            if queries.number == 1:
-                kernels.key_value_gradient(*operands, config=configs.key_value_gradient)
-            else:
-                kernels.split_key_value_gradient(*operands, queries, config=kernels.split_config(configs.key_value_gradient, target))
+            config = configs.key_value_gradient
+            kernels.key_value_gradient_in_splits(tokens, u, d_y, lse, delta, d_tokens, queries, config=config, target=target)
             deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, NO_GRADIENTS

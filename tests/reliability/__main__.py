@@ -26,12 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
     parser.add_argument("--file", action="store_true", help="keep what was found in bench/results, at a commit")
-    parser.add_argument("--readme", action="store_true", help="try nothing; write the README's section from what is kept")
+    parser.add_argument("--readme", action="store_true", help="try nothing; write the README's section and its page from what is kept")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if options.readme:
-        filed.SECTION.write(filed.section(filed.read()))
+        filed.write()
         return 0
     place = filed.place() if options.file else None
     found: list[Figure] = []

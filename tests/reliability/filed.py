@@ -1,4 +1,4 @@
-"""What was found is kept in bench/results, part by part, each with its commit, and the README's section is written from it."""
+"""What was found is kept in bench/results, part by part, each with its commit; the README's section and a page of its own say it."""
 
 import dataclasses
 import json
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from bench.environment import environment
-from bench.readme import Section
+from bench.readme import README, Section
 from bench.rows import RESULTS
 from visattn import files
 
 from .figures import Figure, markdown
 
 FILE = RESULTS / "reliability.json"
+PAGE = RESULTS / "reliability.md"
 SECTION = Section("reliability", "python -m tests.reliability --readme")
 
 Parts = dict[str, dict[str, Any]]
@@ -42,16 +43,33 @@ def read() -> Parts:
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
 
 
+def write() -> None:
+    """The README's section and the page, from what is kept."""
+    parts = read()
+    SECTION.write(section(parts))
+    files.write(PAGE, page(parts))
+
+
 def section(parts: Parts) -> str:
-    """The table of all parts, below it where and when each was tried, and what can be unfolded."""
+    """The table of all parts, and below it where to read more."""
     if not parts:
         return "Nothing is filed."
-    figures = [Figure(**figure) for part in parts.values() for figure in part["figures"]]
-    places: dict[str, list[str]] = {}
+    commits = sorted({part["environment"]["commit"] for part in parts.values()})
+    places = sorted({f"{at['device']}, torch {at['torch']}, triton {at['triton']}" for at in (p["environment"] for p in parts.values())})
+    where = f"{'; '.join(places)}, commit {', '.join(f'`{commit}`' for commit in commits)}"
+    return f"{markdown(_figures(parts))}\n`make reliability`: {where}. [Every single attempt]({PAGE.relative_to(README.parent)}).\n"
+
+
+def page(parts: Parts) -> str:
+    """Part by part: when and where it was tried, the table, and every single attempt where a reader would want to see them."""
+    text = ["# Reliability\n", f"Written by `{SECTION.command}` from {FILE.name}.\n"]
     for name, part in parts.items():
-        at = part["environment"]
+        at, figures = part["environment"], [Figure(**figure) for figure in part["figures"]]
         where = f"{at['device']}, torch {at['torch']}, triton {at['triton']}, commit `{at['commit']}`"
-        places.setdefault(where, []).append(f"{name} ({part['seconds']} s)")
-    told = "; ".join(f"{', '.join(names)}: {where}" for where, names in places.items())
-    unfolded = [f"<details><summary>{f.what}: all of them</summary>\n\n{f.details}\n</details>" for f in figures if f.details]
-    return "\n".join([markdown(figures), f"`make reliability`. {told}.", *(f"\n{text}" for text in unfolded)])
+        text += [f"## {name}\n", f"{where}, {part['seconds']} s.\n", markdown(figures)]
+        text += [f"### {figure.what}: all of them\n\n{figure.details}" for figure in figures if figure.details]
+    return "\n".join(text)
+
+
+def _figures(parts: Parts) -> list[Figure]:
+    return [Figure(**figure) for part in parts.values() for figure in part["figures"]]
