@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 if INTERPRETING:
     from . import interpreting
 
-    interpreting.look_once_a_launch()
+    interpreting.make_quicker()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
