@@ -116,7 +116,7 @@ def _specialise(value: Any, is_constexpr: bool, plain: bool) -> tuple[str, bool]
     if is_constexpr or value is None or (isinstance(value, int) and value == 1 and not plain):
         return "constexpr", False
     if isinstance(value, torch.Tensor):
-        names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
         return names[value.dtype], True
     if isinstance(value, float):
         return "fp32", False

@@ -137,7 +137,7 @@ def projection_launches(
             w_o, b_v, b_o, gamma = empty(channels, value_channels), empty(value_channels), empty(channels), empty(1)
             kernels.output_projection(d_v, w_o, b_v, b_o, gamma, x, d_x, residual=True, factor=0.5, config=of_output.qkv_projection)
             kernels.output_projection_backward(x, w_o, gamma, config=of_output.backward)
-            sums = kernels.partial_moments(x, d_v, config=of_output.token_moments)
+            sums = kernels.partial_moments(x, d_v, need_arrived=True, config=of_output.token_moments)
             kernels.output_gradients(sums, w_o, b_v, b_o, gamma, config=of_weights)
         sums = kernels.partial_moments(d_q, x, (d_k, x), need_right=True, config=configs.token_moments)
         value_sums = kernels.partial_moments(d_v, x, config=configs.token_moments)

@@ -15,7 +15,7 @@ from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
 from .launching import Constants, launch
 from .primitives import load_rows
 from .token_moments import PartialMoments
-from .weight_gradients import added_up, store_value_gradients, sum_of_rows, sum_of_splits
+from .weight_gradients import store_value_gradients, sum_of_rows, sum_of_splits
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def projection_gradients_kernel(
     product_ptr, total_ptr, map_total_ptr, value_product_ptr, value_total_ptr, y_total_ptr,
     w_v_ptr, b_v_ptr, gamma_ptr,
     d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_b_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
+    parts_ptr, arrived_ptr,
     splits, value_splits, scale, per_token,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -53,7 +54,7 @@ def projection_gradients_kernel(
     of either, and of h, twice; value_product_ptr (value_splits, V, C) and value_total_ptr (value_splits, V), fp32: parts of those of dv
     with h, y_total_ptr (V), fp32, being Σ dy_i; or of those of g with y, and y_total_ptr None. w_v_ptr (V, C), b_v_ptr (V) or None and
     gamma_ptr (1) or None are read in the latter case. d_w_q_ptr, d_w_k_ptr (D, C); d_b_q_ptr (D), d_b_k_ptr (D), filled with zeros, each or
-    None; d_w_v_ptr (V, C); d_b_v_ptr (V) or None; d_gamma_ptr, fp32, one number of each tile of dW_v, to be added up, or None.
+    None; d_w_v_ptr (V, C); d_b_v_ptr (V) or None; d_gamma_ptr (1), parts_ptr and arrived_ptr as in weight_gradients.py, or None.
     """
     parts: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     tiles: tl.constexpr = (D + BLOCK_J - 1) // BLOCK_J * parts
@@ -82,8 +83,8 @@ def projection_gradients_kernel(
         )  # fmt: skip
     else:
         store_value_gradients(
-            value_product_ptr, value_total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, pid - 2 * tiles,
-            value_splits, V, C, 1, BLOCK_J, BLOCK_K, BLOCK_S,
+            value_product_ptr, value_total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, parts_ptr, arrived_ptr,
+            pid - 2 * tiles, value_splits, V, C, 1, BLOCK_J, BLOCK_K, BLOCK_S,
         )  # fmt: skip
 
 
@@ -114,43 +115,47 @@ def projection_gradients(
     """The gradients of w_q, b_q, w_k, b_k, w_v, b_v and gamma, each in its weight's dtype and shape, None where there is no such weight.
 
     moments: those of dq with the map and of dk with the map, with Σ of the map; value_moments: those of dv with the map, and then y_total
-    (V) is Σ dy in fp32, b_v and gamma None; or of the output's gradient with y. num_tokens: of all maps together. w_q, w_k (D, C), w_v
-    (V, C), the weights of 1×1 convolutions as well; all contiguous.
+    (V) is Σ dy in fp32, b_v and gamma None; or of the output's gradient with y, and with gamma a counter at zero. num_tokens: of all maps
+    together. w_q, w_k (D, C), w_v (V, C), the weights of 1×1 convolutions as well; all contiguous.
     """
     (qk_channels, channels), value_channels = w_q.shape[:2], w_v.shape[0]
-    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
+    gradients = tuple(None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v, gamma))
     constants = _constants(channels, qk_channels, value_channels, config)
     tiles = num_tiles(qk_channels, config.block_n) * num_tiles(channels, config.block_n)
     columns = constants["BLOCK_K"] if y_total is None else config.block_n
     value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, columns)
-    d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
+    parts_of_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
         projection_gradients_kernel, 2 * tiles + value_tiles,
         constants,
-        *moments, value_moments.product, value_moments.total, y_total,
+        moments.product, moments.total, moments.right_total, value_moments.product, value_moments.total, y_total,
         w_v, b_v, gamma,
-        *gradients, d_gamma,
+        *gradients,
+        parts_of_gamma, value_moments.arrived,
         len(moments.product), len(value_moments.product), scale, 1 / num_tokens,
     )  # fmt: skip
-    return *gradients, added_up(d_gamma, gamma)
+    return gradients
 
 
 @triton.jit(do_not_specialize=["splits"])
 def output_gradients_kernel(
-    product_ptr, total_ptr, w_ptr, b_y_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_y_ptr, d_b_ptr, d_gamma_ptr, splits,
+    product_ptr, total_ptr, w_ptr, b_y_ptr, b_ptr, gamma_ptr,
+    d_w_ptr, d_b_y_ptr, d_b_ptr, d_gamma_ptr,
+    parts_ptr, arrived_ptr,
+    splits,
     C: tl.constexpr, V: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program computes a tile of the gradient of W_o, and that of b beside the first of its rows, or BLOCK_K numbers of that of b_y.
 
     product_ptr (splits, C, V) and total_ptr (splits, C), fp32: parts of `Σ g_i y_iᵀ` and `Σ g_i`; w_ptr, d_w_ptr (C, V); b_y_ptr,
-    d_b_y_ptr (V) or None; b_ptr, d_b_ptr (C) or None; gamma_ptr (1) or None; d_gamma_ptr, fp32, one number of each tile of W_o, to be
-    added up, or None.
+    d_b_y_ptr (V) or None; b_ptr, d_b_ptr (C) or None; gamma_ptr, d_gamma_ptr (1), parts_ptr and arrived_ptr as in weight_gradients.py, or
+    None.
     """
     tiles: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J * ((V + BLOCK_K - 1) // BLOCK_K)
     pid = tl.program_id(0)
     if pid < tiles:
         store_value_gradients(
-            product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, pid, splits,
+            product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, parts_ptr, arrived_ptr, pid, splits,
             C, V, 1, BLOCK_J, BLOCK_K, BLOCK_S, b_y_ptr,
         )  # fmt: skip
     else:  # there are such programs where there is b_y
@@ -184,20 +189,22 @@ def output_gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of w (C, V), b_y (V), b (C) and gamma in `γ (W (y + b_y) + b)`, each in its own dtype and shape, None where absent.
 
-    moments: those of the gradient of the sum with y. w, also that of a 1×1 convolution, and the biases are contiguous.
+    moments: those of the gradient of the sum with y, and with gamma a counter at zero. w, also that of a 1×1 convolution, and the biases
+    are contiguous.
     """
     channels, value_channels = w.shape[:2]
-    d_w, d_b_y, d_b = (None if t is None else torch.empty_like(t) for t in (w, b_y, b))
+    gradients = tuple(None if t is None else torch.empty_like(t) for t in (w, b_y, b, gamma))
     constants = _output_constants(channels, value_channels, config)
     parts = num_tiles(value_channels, constants["BLOCK_K"])
     tiles = num_tiles(channels, config.block_n) * parts
-    d_gamma = None if gamma is None else moments.product.new_empty(tiles)
+    parts_of_gamma = None if gamma is None else moments.product.new_empty(tiles)
     launch(
         output_gradients_kernel, tiles if b_y is None else tiles + parts,
         constants,
         moments.product, moments.total,
         w, b_y, b, gamma,
-        d_w, d_b_y, d_b, d_gamma,
+        *gradients,
+        parts_of_gamma, moments.arrived,
         len(moments.product),
     )  # fmt: skip
-    return d_w, d_b_y, d_b, added_up(d_gamma, gamma)
+    return gradients

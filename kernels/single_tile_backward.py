@@ -44,7 +44,7 @@ def single_tile_backward_kernel(
     y_ptr, u_ptr, d_y_ptr, d_u_ptr, stride_yn, stride_yc, stride_yl,
     lse_ptr, delta_ptr,
     d_x_ptr, stride_dn, stride_dc, stride_dl,
-    product_ptr, total_ptr,
+    product_ptr, total_ptr, arrived_ptr,
     num_tokens, scale,
     C: tl.constexpr, D: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -55,8 +55,10 @@ def single_tile_backward_kernel(
     x_ptr, d_out_ptr (N, C, L); w_q_ptr, w_k_ptr (D, C); b_q_ptr (D) or None; w_v_ptr (C, C); gamma_ptr (1) or None; y_ptr, u_ptr, d_y_ptr,
     d_u_ptr (N, C, L), one set of strides; lse_ptr, delta_ptr (N, L) fp32; d_x_ptr (N, C, L), or None where x wants no gradient;
     product_ptr (N, 2, C, C), Σ g_i y_iᵀ and Σ du_i x_iᵀ, and total_ptr (N, 2, C), Σ g_i and Σ du_i, fp32, or None where the weights want
-    no gradient. Keys, and then queries, are taken BLOCK_N at a time.
+    no gradient; arrived_ptr (1) int32, filled with zero, or None. Keys, and then queries, are taken BLOCK_N at a time.
     """
+    if arrived_ptr is not None and tl.program_id(0) == 0:
+        tl.store(arrived_ptr, 0)
     # There always are tokens. Without a branch of its own what one kernel has computed would stay in registers for the next.
     if num_tokens > 0:
         prepare_backward_kernel(
@@ -131,6 +133,7 @@ def single_tile_backward(
     u, d_y, d_u = (empty_with_strides_of(y) for _ in range(3))
     product = lse.new_empty((num_maps, 2, num_channels, num_channels)) if need_sums else None
     total = lse.new_empty((num_maps, 2, num_channels)) if need_sums else None
+    arrived = lse.new_empty(1, dtype=torch.int32) if need_sums and gamma is not None else None
     launch(
         single_tile_backward_kernel, num_maps,
         _constants(num_channels, w_q.shape[0], residual, config),
@@ -140,7 +143,7 @@ def single_tile_backward(
         y, u, d_y, d_u, *y.stride(),
         lse, torch.empty_like(lse),
         d_x, *((0, 0, 0) if d_x is None else d_x.stride()),
-        product, total,
+        product, total, arrived,
         num_tokens, scale,
     )  # fmt: skip
-    return None if product is None or total is None else PartialMoments(product, total)
+    return None if product is None or total is None else PartialMoments(product, total, None, arrived)

@@ -17,6 +17,7 @@ class PartialMoments(NamedTuple):
     product: torch.Tensor  # Σ left_i right_iᵀ (splits, pairs, A, C)
     total: torch.Tensor  # Σ left_i (splits, pairs, A)
     right_total: torch.Tensor | None = None  # Σ right_i (splits, pairs, C), where it was wanted
+    arrived: torch.Tensor | None = None  # (1) int32, zero, where it was wanted: for programs of the next launch to count themselves
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_split"])  # or small batches would compile a kernel of their own
@@ -25,7 +26,7 @@ def token_moments_kernel(
     right_ptr, stride_bn, stride_bc, stride_bl,
     second_left_ptr, stride_cn, stride_cc, stride_cl,
     second_right_ptr, stride_dn, stride_dc, stride_dl,
-    product_ptr, total_ptr, right_total_ptr,
+    product_ptr, total_ptr, right_total_ptr, arrived_ptr,
     num_tiles, tiles_per_split, num_tokens,
     A: tl.constexpr, C: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -34,8 +35,9 @@ def token_moments_kernel(
     """One program sums `left_i right_iᵀ`, left_i and right_i over a split of the tokens, for BLOCK_A channels of left and BLOCK_C of right.
 
     left_ptr, second_left_ptr (N, A, L); right_ptr, second_right_ptr (N, C, L), the second pair or None; product_ptr (splits, pairs, A, C)
-    fp32; total_ptr (splits, pairs, A) fp32; right_total_ptr (splits, pairs, C) fp32, or None where it is not wanted. The N maps are cut
-    into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split neighbours.
+    fp32; total_ptr (splits, pairs, A) fp32; right_total_ptr (splits, pairs, C) fp32, or None where it is not wanted; arrived_ptr (1) int32,
+    filled with zero, or None. The N maps are cut into num_tiles tiles of BLOCK_L tokens, of which each split owns tiles_per_split
+    neighbours.
     """
     parts: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     tiles: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
@@ -75,6 +77,8 @@ def token_moments_kernel(
         tl.store(total_ptr + rows, total, mask=offs_a < A)
     if right_total_ptr is not None and pid // parts % tiles == 0:
         tl.store(right_total_ptr + tl.cast(row, tl.int64) * C + offs_c, right_total, mask=offs_c < C)
+    if arrived_ptr is not None and pid == 0:
+        tl.store(arrived_ptr, 0)
 
 
 @remembered
@@ -93,11 +97,12 @@ def partial_moments(
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     need_right: bool = False,
+    need_arrived: bool = False,
     config: LaunchConfig,
 ) -> PartialMoments:
     """The sums of left (N, A, L) and right (N, C, L), and of `second`, another pair of the same shapes, in the same launch.
 
-    Those of right by itself with `need_right`.
+    Those of right by itself with `need_right`; a counter at zero with `need_arrived`.
     """
     num_maps, left_channels, num_tokens = left.shape
     num_channels = right.shape[1]
@@ -110,6 +115,7 @@ def partial_moments(
     product = torch.empty((splits, pairs, left_channels, num_channels), dtype=torch.float32, device=left.device)
     total = torch.empty((splits, pairs, left_channels), dtype=torch.float32, device=left.device)
     right_total = torch.empty((splits, pairs, num_channels), dtype=torch.float32, device=left.device) if need_right else None
+    arrived = torch.empty(1, dtype=torch.int32, device=left.device) if need_arrived else None
     of_second: tuple[torch.Tensor | int | None, ...] = (None, 0, 0, 0, None, 0, 0, 0)
     if second is not None:
         of_second = (second[0], *second[0].stride(), second[1], *second[1].stride())
@@ -119,7 +125,7 @@ def partial_moments(
         left, *left.stride(),
         right, *right.stride(),
         *of_second,
-        product, total, right_total,
+        product, total, right_total, arrived,
         token_tiles, tiles_per_split, num_tokens,
     )  # fmt: skip
-    return PartialMoments(product, total, right_total)
+    return PartialMoments(product, total, right_total, arrived)

@@ -2,7 +2,8 @@
 
 With `Q = Σ du_i x_iᵀ`, `q = Σ du_i`, `V = Σ g_i y_iᵀ` and `v = Σ g_i`, du being the gradient of the folded query `W_kᵀ (W_q x + b_q)`:
 `dW_q = scale · W_k Q`, `db_q = scale · W_k q`, `dW_k = scale · (W_q Qᵀ + b_q qᵀ)`, `dW_v = γ V`, `db_v = γ v` and
-`dγ = Σ W_v ∘ V + b_v · v`. The sums come in parts, one of each split of the tokens, and are added up in a fixed order.
+`dγ = Σ W_v ∘ V + b_v · v`. The sums come in parts, one of each split of the tokens, and are added up in a fixed order. Of dγ each tile of
+dW_v knows a part; which program finishes last is left to chance, the order in which it adds them up is not.
 """
 
 import torch
@@ -50,17 +51,33 @@ def weight_times_sums(
 
 
 @triton.jit
+def store_sum_of_parts(part, parts_ptr, arrived_ptr, sum_ptr, tile, TILES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Leaves the part of one of TILES programs in parts_ptr (TILES) fp32; the last of them to arrive writes the sum to sum_ptr.
+
+    arrived_ptr counts them, from zero.
+    """
+    tl.store(parts_ptr + tile, part)
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == TILES - 1:
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(0, TILES, BLOCK_T):
+            offs = start + tl.arange(0, BLOCK_T)
+            total += tl.load(parts_ptr + offs, mask=offs < TILES, other=0.0, cache_modifier=".cg")  # from L2, where others wrote
+        tl.store(sum_ptr, tl.sum(total).to(sum_ptr.dtype.element_ty))
+
+
+@triton.jit
 def store_value_gradients(
-    product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, tile, splits,
+    product_ptr, total_ptr, w_ptr, b_ptr, gamma_ptr, d_w_ptr, d_b_ptr, d_gamma_ptr, parts_ptr, arrived_ptr, tile, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     b_y_ptr=None,
 ):  # fmt: skip
     """A tile (BLOCK_J, BLOCK_K) of the gradient of the weight in `γ (W (y + b_y) + b)`, b's beside the first, and what it adds to dγ.
 
     product_ptr, total_ptr: V and v, the first of PAIRS in each split; w_ptr, d_w_ptr (ROWS, COLUMNS); b_ptr, d_b_ptr (ROWS) or None;
-    gamma_ptr (1) or None; d_gamma_ptr: a number of each tile; b_y_ptr (COLUMNS) or None.
+    gamma_ptr, d_gamma_ptr (1), parts_ptr (tiles) and arrived_ptr as in `store_sum_of_parts`, or None; b_y_ptr (COLUMNS) or None.
     """
     parts: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+    tiles: tl.constexpr = (ROWS + BLOCK_J - 1) // BLOCK_J * parts
     offs_j, offs_k = tile // parts * BLOCK_J + tl.arange(0, BLOCK_J), tile % parts * BLOCK_K + tl.arange(0, BLOCK_K)
     inside_j = offs_j < ROWS
     inside = inside_j[:, None] & (offs_k < COLUMNS)[None, :]
@@ -81,7 +98,7 @@ def store_value_gradients(
             d_gamma += tl.sum(total * tl.load(b_ptr + offs_j, mask=inside_j, other=0.0).to(tl.float32))
         tl.store(d_b_ptr + offs_j, (gamma * total).to(d_b_ptr.dtype.element_ty), mask=inside_j)
     if gamma_ptr is not None:
-        tl.store(d_gamma_ptr + tile, d_gamma)
+        store_sum_of_parts(d_gamma, parts_ptr, arrived_ptr, d_gamma_ptr, tile, tiles, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=["splits"])  # or small batches would compile a kernel of their own
@@ -89,6 +106,7 @@ def weight_gradients_kernel(
     product_ptr, total_ptr,
     w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
     d_w_q_ptr, d_b_q_ptr, d_w_k_ptr, d_b_k_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr,
+    parts_ptr, arrived_ptr,
     splits, scale,
     C: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -98,7 +116,7 @@ def weight_gradients_kernel(
 
     product_ptr (splits, 2, C, C) and total_ptr (splits, 2, C), fp32: parts of V and Q, of v and q. w_q_ptr, w_k_ptr, d_w_q_ptr, d_w_k_ptr
     (D, C); b_q_ptr, d_b_q_ptr (D) or None; d_b_k_ptr (D), filled with zeros, or None; w_v_ptr, d_w_v_ptr (C, C); b_v_ptr, d_b_v_ptr (C) or
-    None; gamma_ptr (1) or None; d_gamma_ptr, fp32, one number of each tile of dW_v, to be added up, or None.
+    None; gamma_ptr, d_gamma_ptr (1), parts_ptr fp32, one number of each tile of dW_v, and arrived_ptr (1) int32, zero, all four or None.
     """
     parts: tl.constexpr = (C + BLOCK_J - 1) // BLOCK_J
     row_parts: tl.constexpr = (D + BLOCK_R - 1) // BLOCK_R
@@ -127,8 +145,8 @@ def weight_gradients_kernel(
             tl.store(d_b_k_ptr + offs_r, tl.zeros((BLOCK_R,), d_b_k_ptr.dtype.element_ty), mask=offs_r < D)
     else:
         store_value_gradients(
-            product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, pid - 2 * parts * row_parts, splits,
-            C, C, 2, BLOCK_J, BLOCK_K, BLOCK_S,
+            product_ptr, total_ptr, w_v_ptr, b_v_ptr, gamma_ptr, d_w_v_ptr, d_b_v_ptr, d_gamma_ptr, parts_ptr, arrived_ptr,
+            pid - 2 * parts * row_parts, splits, C, C, 2, BLOCK_J, BLOCK_K, BLOCK_S,
         )  # fmt: skip
 
 
@@ -157,25 +175,22 @@ def weight_gradients(
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of w_q, b_q, w_k, b_k, w_v, b_v and gamma, each in its weight's dtype and shape, None where there is no such weight.
 
-    moments: those of g with y and of du with x. w_q, w_k (D, C), w_v (C, C), the weights of 1×1 convolutions as well; all contiguous.
+    moments: those of g with y and of du with x, and with gamma a counter at zero. w_q, w_k (D, C), w_v (C, C), the weights of 1×1
+    convolutions as well; all contiguous.
     """
-    gradients = [None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v)]
+    gradients = tuple(None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v, gamma))
     qk_channels, channels = w_q.shape[:2]
     constants = _constants(channels, qk_channels, config)
     parts = num_tiles(channels, config.block_n)
     value_tiles = parts * num_tiles(channels, constants["BLOCK_K"])
-    d_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
+    parts_of_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
     launch(
         weight_gradients_kernel, 2 * num_tiles(qk_channels, constants["BLOCK_R"]) * parts + value_tiles,
         constants,
         moments.product, moments.total,
         w_q, b_q, w_k, w_v, b_v, gamma,
-        *gradients, d_gamma,
+        *gradients,
+        parts_of_gamma, moments.arrived,
         len(moments.product), scale,
     )  # fmt: skip
-    return *gradients, added_up(d_gamma, gamma)
-
-
-def added_up(d_gamma: torch.Tensor | None, gamma: torch.Tensor | None) -> torch.Tensor | None:
-    """dγ like γ, of what tiles have left, or None without γ."""
-    return None if d_gamma is None or gamma is None else d_gamma.sum().to(gamma.dtype).view_as(gamma)
+    return gradients

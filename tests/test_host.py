@@ -194,8 +194,8 @@ class TestShortPath:
         ("channels", "options", "forward", "backward"),
         [
             (64, {"num_heads": 4, "norm_groups": 8, "out_proj": True, "res_scale": 0.5}, 5, 15),
-            (64, {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 24),
-            (64, {"qk_channels": 8, "gamma": 0.5}, 2, 9),
+            (64, {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 22),
+            (64, {"qk_channels": 8, "gamma": 0.5}, 2, 7),
             (64, {"norm_groups": 8, "out_proj": True}, 4, 10),
             (320, {"norm_groups": 8, "out_proj": True}, 7, 14),
         ],

@@ -133,8 +133,9 @@ def test_moments(left, right, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     pairs = [[torch.randn(3, c, 150, generator=generator).to(PLACE) for c in (left, right)] for _ in range(2)]
     config = kernels.backward_configs(32, torch.float32, kernel_target(PLACE)).token_moments
-    sums = kernels.partial_moments(*pairs[0], (pairs[1][0], pairs[1][1]), need_right=True, config=config)
-    product, total, right_total = (t.double().sum(0) for t in sums)
+    sums = kernels.partial_moments(*pairs[0], (pairs[1][0], pairs[1][1]), need_right=True, need_arrived=True, config=config)
+    product, total, right_total = (t.double().sum(0) for t in sums[:3])
+    assert sums.arrived.tolist() == [0]
     for pair, (a, b) in enumerate(pairs):
         expected = torch.einsum("nal,ncl->ac", a.double(), b.double()), a.double().sum((0, 2)), b.double().sum((0, 2))
         for got, truth in zip((product[pair], total[pair], right_total[pair]), expected, strict=True):

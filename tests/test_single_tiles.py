@@ -150,7 +150,9 @@ class TestWeightGradients:
     """Against folding.weight_gradients, which the other backends take, in float64."""
 
     @pytest.mark.parametrize(
-        ("channels", "qk_channels", "splits"), [(16, 16, 1), (20, 5, 3), (64, 64, 40), (40, 150, 33), (17, 1, 2)], ids=str
+        ("channels", "qk_channels", "splits"),
+        [(16, 16, 1), (20, 5, 3), (64, 64, 40), (40, 150, 33), (17, 1, 2), (200, 8, 2)],
+        ids=str,
     )
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_all_of_them(self, channels, qk_channels, splits, dtype):
@@ -173,7 +175,7 @@ class TestWeightGradients:
             sums, values = self.moments(splits, 2, qk_channels, channels), self.moments(value_splits, 1, channels, channels)
             weights = self.weights(channels, qk_channels, dtype, biased, scaled)
             got = kernels.projection_gradients(sums, values, *weights, num_tokens=70, scale=0.3, config=CONFIG)
-            product, total, map_total = (t.double().sum(0) for t in sums)
+            product, total, map_total = (t.double().sum(0) for t in sums[:3])
             key = product[1] - torch.outer(total[1], map_total[0]) / 70
             moments = folding.Moments(product[0], total[0], values.product.double().sum(0)[0], values.total.double().sum(0)[0], key)
             self.compare(got, weights, moments, dtype)
@@ -207,7 +209,8 @@ class TestWeightGradients:
         generator = torch.Generator().manual_seed(left)
         shapes = ((splits, pairs, left, right), (splits, pairs, left), (splits, 1, right))
         product, total, right_total = (torch.randn(shape, generator=generator).to(PLACE) for shape in shapes)
-        return kernels.PartialMoments(product, total, right_total.expand(-1, pairs, -1).contiguous())
+        arrived = torch.zeros(1, dtype=torch.int32, device=PLACE)
+        return kernels.PartialMoments(product, total, right_total.expand(-1, pairs, -1).contiguous(), arrived)
 
     @staticmethod
     def weights(channels, qk_channels, dtype, biased, scaled):

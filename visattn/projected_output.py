@@ -95,7 +95,8 @@ def _gradients(
         if needed[1]:
             d_y = kernels.output_projection_backward(tokens, w_o.flatten(1), gamma, config=configs.backward)
         if any(needed[2:]):
-            moments = kernels.partial_moments(tokens, kernels.readable(y), config=configs.token_moments)
+            y = kernels.readable(y)
+            moments = kernels.partial_moments(tokens, y, need_arrived=gamma is not None, config=configs.token_moments)
             d_weights = kernels.output_gradients(moments, w_o, b_v, b_o, gamma, config=kernels.weight_gradients_config(target))
     return [d if need else None for d, need in zip((d_x, d_y, *d_weights), needed, strict=True)]
 

@@ -137,7 +137,9 @@ def _backward_folded(
     else:
         configs = kernels.backward_configs(tokens.shape[1], tokens.dtype, target)
         d_u = _attention_backward(tokens, g, weights, y, lse, d_tokens, scale, residual, configs, target)
-        sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments) if need_weights else None
+        sums = None
+        if need_weights:
+            sums = kernels.partial_moments(g, y, (d_u, tokens), need_arrived=gamma is not None, config=configs.token_moments)
     if sums is None:
         return NO_GRADIENTS
     return kernels.weight_gradients(sums, *weights, scale=scale, config=kernels.weight_gradients_config(target))
@@ -188,7 +190,7 @@ def _backward_projected(
         return NO_GRADIENTS
     config = kernels.backward_configs(tokens.shape[1], tokens.dtype, target).token_moments
     sums = kernels.partial_moments(d_q, tokens, (d_k, tokens), need_right=True, config=config)
-    value_sums = kernels.partial_moments(g, y, config=config)
+    value_sums = kernels.partial_moments(g, y, need_arrived=gamma is not None, config=config)
     return kernels.projection_gradients(
         sums, value_sums, *weights,
         num_tokens=tokens.shape[0] * tokens.shape[2], scale=scale, config=kernels.weight_gradients_config(target),

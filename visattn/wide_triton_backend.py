@@ -75,7 +75,7 @@ def backward(
             deliver(d_tokens, d_x)
         if not need_weights:
             return d_x, NO_GRADIENTS
-        sums = kernels.partial_moments(g, y, (d_u, tokens), config=configs.token_moments)
+        sums = kernels.partial_moments(g, y, (d_u, tokens), need_arrived=weights.gamma is not None, config=configs.token_moments)
         return d_x, kernels.weight_gradients(sums, *parameters, scale=scale, config=kernels.weight_gradients_config(target))
 
 
