@@ -45,7 +45,7 @@ ALLOWED = {
     },
     "folded_values": {"autograd", "block", "device", "kernels", "layout"},
     "projected_output": {"autograd", "block", "device", "kernels", "layout"},
-    "token_attention": {"autograd", "device", "torch_attention", "torch_token_attention", "triton_token_attention"},
+    "token_attention": {"autograd", "device", "second_order", "torch_attention", "torch_token_attention", "triton_token_attention"},
     "block": {"layout"},
     "ops": {"autograd", "device", "token_attention", "torch_backend", "folding", "layout", "second_order"},
     "functional": {

@@ -73,8 +73,10 @@ def test_third_order_raises_instead_of_being_wrong():
     x, *weights = double_leaves()
     (first,) = torch.autograd.grad(layer(x, *weights).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        second.sum().backward()
+    with pytest.raises(RuntimeError, match="no third ones"):
+        second.square().sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no third ones"):  # which goes through a part of the graph only
+        torch.autograd.grad(second.square().sum(), x)
 
 
 def test_second_order_works_in_chunks_like_in_one_piece(monkeypatch):
@@ -221,6 +223,29 @@ class TestState:
         expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
         for got, want in zip(gradients.values(), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: visattn.Attention(4),
+            lambda: visattn.Attention(4, normalize="queries"),
+            lambda: visattn.SelfAttention2d(8, num_heads=2, norm_groups=2, out_proj=True),
+            lambda: visattn.SelfAttention2d(8, norm_groups=2, out_proj=True, gamma=0.5),
+        ],
+        ids=["plain", "queries", "heads", "normalised"],
+    )
+    def test_function_transforms_of_function_transforms(self, make):
+        module = make().double()
+        x, v = torch.randn(2, 2, module.conv_query.in_channels, 3, 3, dtype=torch.float64).unbind()
+
+        def loss(x):
+            return module(x).square().sum()
+
+        got = torch.func.grad(lambda x: (torch.func.grad(loss)(x) * v).sum())(x)
+        x.requires_grad_()
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        (expected,) = torch.autograd.grad((first * v).sum(), x)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
     def test_weights_need_not_be_parameters(self):
         """Spectral norm makes the weight anew in every forward pass, with a graph of its own."""

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from . import query_normalized, torch_backend
 from .device import without_autocast
 from .folding import Gradients, Weights
-from .second_order import backward_of_backward
+from .second_order import LastDerivative, backward_of_backward
 
 
 class Settings(NamedTuple):
@@ -167,13 +166,18 @@ class SelfAttentionBackward(torch.autograd.Function):
         ctx.settings = settings
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v_x: Tensor | None, *v_weights: Tensor | None) -> tuple:
         d_out, x, *weights = ctx.saved_tensors
-        settings = ctx.settings
-        with without_autocast(x):
-            phi_d_out, phi_x, phi_weights = backward_of_backward(
-                d_out, x, Weights(*weights), v_x, v_weights, settings.scale, settings.residual, settings.normalize
-            )
+        second = functools.partial(compute_backward_of_backward, *ctx.settings[:3])
+        gradients = LastDerivative.apply(second, d_out, x, *weights, v_x, *v_weights)
         # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
-        return phi_d_out, phi_x, *phi_weights, None, None, None, None, None
+        return *gradients, None, None, None, None, None
+
+
+def compute_backward_of_backward(scale: float, residual: bool, normalize: str, d_out: Tensor, x: Tensor, *rest: Any) -> tuple:
+    """The gradients of φ by d_out, x and each weight, given the weights, v_x and the weights' v: see second_order.py."""
+    *weights, v_x = rest[: len(Weights._fields) + 1]
+    v_weights = rest[len(Weights._fields) + 1 :]
+    with without_autocast(x):
+        phi_d_out, phi_x, phi_weights = backward_of_backward(d_out, x, Weights(*weights), v_x, v_weights, scale, residual, normalize)
+    return phi_d_out, phi_x, *phi_weights

@@ -61,7 +61,8 @@ class MapAttention(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         if d_out is None:
             return (None,) * (2 + len(needed))
-        inputs, saved = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        tensors = ctx.saved_tensors  # once: activation checkpointing gives them out a single time
+        inputs, saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         with without_autocast(d_out):
             if torch.is_grad_enabled() or autograd.transforms_are_active():
                 gradients = _differentiable_gradients(d_out, ctx.kind, ctx.norm, inputs, needed)

@@ -5,18 +5,18 @@
 tensors only, so what is not needed is an empty tensor here where eager has None.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import autograd, torch_backend
 from . import token_attention as on_tokens
 from .device import without_autocast
 from .folding import Weights
 from .layout import empty_map_like
-from .second_order import backward_of_backward
+from .second_order import LastDerivative
 
 
 @torch.library.custom_op("visattn::self_attention_2d", mutates_args=())
@@ -114,14 +114,11 @@ def _setup_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.need_x, ctx.need_weights = need_x, need_weights
 
 
-@once_differentiable
 def _differentiate_backward(ctx: Any, v_x: Tensor, *v_weights: Tensor) -> tuple:
     d_out, x, *weights = ctx.saved_tensors
     cotangents = tuple(v if ctx.need_weights and w is not None else None for v, w in zip(v_weights, weights, strict=True))
-    phi_d_out, phi_x, phi_weights = backward_of_backward(
-        d_out, x, Weights(*weights), v_x if ctx.need_x else None, cotangents, *ctx.settings
-    )
-    return phi_d_out, phi_x, *phi_weights, *(None,) * 8
+    second = functools.partial(autograd.compute_backward_of_backward, *ctx.settings)
+    return *LastDerivative.apply(second, d_out, x, *weights, v_x if ctx.need_x else None, *cotangents), *(None,) * 8
 
 
 self_attention_2d.register_autograd(_differentiate_forward, setup_context=_setup_forward)
@@ -177,12 +174,9 @@ def _setup_tokens_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.scale = scale
 
 
-@once_differentiable
 def _differentiate_tokens_backward(ctx: Any, v_q: Tensor, v_k: Tensor, v_v: Tensor) -> tuple:
-    d_y, q, k, v = ctx.saved_tensors
-    with without_autocast(q):
-        gradients = on_tokens.backward_of_backward(d_y, q, k, v, v_q, v_k, v_v, ctx.scale)
-    return *gradients, None, None, None, None
+    second = functools.partial(on_tokens.backward_of_backward, ctx.scale)
+    return *LastDerivative.apply(second, *ctx.saved_tensors, v_q, v_k, v_v), None, None, None, None
 
 
 token_attention.register_autograd(_differentiate_tokens, setup_context=_setup_tokens)

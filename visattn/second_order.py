@@ -6,6 +6,9 @@ differentiable operations; φ is a sum over query rows, so it is differentiated 
 softmax goes over the queries, φ is a sum over keys, and a chunk of keys contributes to every query.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,26 @@ from .folding import Gradients, Weights
 
 SCORES_AT_ONCE = 1 << 20
 """Elements of one chunk of the attention matrix; the graph of a chunk holds about a dozen of its size."""
+
+
+class LastDerivative(torch.autograd.Function):
+    """(compute, *tensors) → compute(*tensors), a tuple of tensors, whose own derivative raises.
+
+    What `once_differentiable` marks refuses in a node beside the graph. `torch.autograd.grad` goes only where its inputs are, passes that
+    node by, and returns what it finds elsewhere as if it were the whole derivative.
+    """
+
+    @staticmethod
+    def forward(compute: Callable[..., tuple], *tensors: Tensor | None) -> tuple:
+        return compute(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple:
+        raise RuntimeError("attention has first and second derivatives, no third ones; for those write it with matmul and softmax")
 
 
 def backward_of_backward(

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import torch_attention, torch_token_attention
 from .device import without_autocast
+from .second_order import LastDerivative
 
 SCORES_AT_ONCE = 1 << 20
 """Elements of one chunk of the attention matrix in the second derivative; the graph of a chunk holds about a dozen of its size."""
@@ -42,30 +42,31 @@ def keeps_lse(q: Tensor, v: Tensor, backend: str) -> bool:
 
 
 def backward_of_backward(
-    d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, v_q: Tensor | None, v_k: Tensor | None, v_v: Tensor | None, scale: float
+    scale: float, d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, v_q: Tensor | None, v_k: Tensor | None, v_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by d_y, q, k and v of `φ = ⟨(v_q, v_k, v_v), backward(d_y, q, k, v)⟩`, in fp32 or wider arithmetic.
 
     φ is a sum over query rows: a chunk of them is taken forward and backward with a graph, which is then differentiated.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    wide_q, wide_k, wide_v, g = (t.to(dtype) for t in (q, k, v, d_y))
-    keys, values = (t - t.mean(2, keepdim=True) for t in (wide_k, wide_v))
-    cotangents = [torch.zeros_like(t) if c is None else c.to(dtype) for c, t in zip((v_q, v_k, v_v), (q, k, v), strict=True)]
-    totals = [torch.zeros_like(t) for t in (g, wide_q, keys, values)]
-    for maps, rows in torch_attention.slices(q, *torch_attention.chunk_size(q, k, SCORES_AT_ONCE)):
-        chunk = g[maps, :, rows], wide_q[maps, :, rows], keys[maps], values[maps]
-        v_first = cotangents[0][maps, :, rows], cotangents[1][maps], cotangents[2][maps]
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in chunk]
-            y = _attention(leaves[1], leaves[2], leaves[3], scale)
-            first = torch.autograd.grad(y, leaves[1:], leaves[0], create_graph=True)
-            phi = sum((c * d).sum() for c, d in zip(v_first, first, strict=True))
-            second = torch.autograd.grad(phi, leaves)  # type: ignore[arg-type]  # sum starts from 0
-        for total, part, where in zip(totals, second, (rows, rows, slice(None), slice(None)), strict=True):
-            total[maps, :, where] += part
-    phi_d_y, phi_q, phi_k, phi_v = totals
-    return phi_d_y.to(d_y.dtype), phi_q.to(q.dtype), phi_k.to(q.dtype), phi_v.to(q.dtype)
+    with without_autocast(q):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        wide_q, wide_k, wide_v, g = (t.to(dtype) for t in (q, k, v, d_y))
+        keys, values = (t - t.mean(2, keepdim=True) for t in (wide_k, wide_v))
+        cotangents = [torch.zeros_like(t) if c is None else c.to(dtype) for c, t in zip((v_q, v_k, v_v), (q, k, v), strict=True)]
+        totals = [torch.zeros_like(t) for t in (g, wide_q, keys, values)]
+        for maps, rows in torch_attention.slices(q, *torch_attention.chunk_size(q, k, SCORES_AT_ONCE)):
+            chunk = g[maps, :, rows], wide_q[maps, :, rows], keys[maps], values[maps]
+            v_first = cotangents[0][maps, :, rows], cotangents[1][maps], cotangents[2][maps]
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_() for t in chunk]
+                y = _attention(leaves[1], leaves[2], leaves[3], scale)
+                first = torch.autograd.grad(y, leaves[1:], leaves[0], create_graph=True)
+                phi = sum((c * d).sum() for c, d in zip(v_first, first, strict=True))
+                second = torch.autograd.grad(phi, leaves)  # type: ignore[arg-type]  # sum starts from 0
+            for total, part, where in zip(totals, second, (rows, rows, slice(None), slice(None)), strict=True):
+                total[maps, :, where] += part
+        phi_d_y, phi_q, phi_k, phi_v = totals
+        return phi_d_y.to(d_y.dtype), phi_q.to(q.dtype), phi_k.to(q.dtype), phi_v.to(q.dtype)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -116,10 +117,7 @@ class TokenAttentionBackward(torch.autograd.Function):
         ctx.scale = scale
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, v_q: Tensor | None, v_k: Tensor | None, v_v: Tensor | None) -> tuple:
-        d_y, q, k, v = ctx.saved_tensors
-        with without_autocast(q):
-            gradients = backward_of_backward(d_y, q, k, v, v_q, v_k, v_v, ctx.scale)
+        gradients = LastDerivative.apply(functools.partial(backward_of_backward, ctx.scale), *ctx.saved_tensors, v_q, v_k, v_v)
         # y and lse are functions of q, k and v, and φ's derivative by those already holds their part.
         return *gradients, None, None, None, None

@@ -30,7 +30,8 @@ SECONDS = 120
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Attention": lambda: visattn.Attention(8),
     "SelfAttention2d": lambda: visattn.SelfAttention2d(8, num_heads=2, norm_groups=2, out_proj=True, gamma=0.5, pool=2),
-    "SelfAttention2d that folds": lambda: visattn.SelfAttention2d(8, qk_channels=4, norm_groups=2, out_proj=True, gamma=0.5),
+    "SelfAttention2d of thin queries": lambda: visattn.SelfAttention2d(8, qk_channels=4, norm_groups=2, out_proj=True, gamma=0.5),
+    "SelfAttention2d that folds": lambda: visattn.SelfAttention2d(8, norm_groups=2, out_proj=True, gamma=0.5),
     "ChannelAttention": lambda: visattn.ChannelAttention(8),
 }
 """Each of the layers, in each form that it takes."""
