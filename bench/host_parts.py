@@ -76,7 +76,7 @@ class _Narrow(nn.Module):
 
 def parameters_of(layer: nn.Module) -> tuple[Tensor, ...]:
     """The three weights and the three biases, looked up in the way of `Attention`."""
-    return Attention._parameters_in_order(layer)  # type: ignore[arg-type, return-value]
+    return Attention._projections(layer)  # type: ignore[arg-type, return-value]
 
 
 class _CompiledToNothing:

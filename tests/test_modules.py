@@ -3,8 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import prune
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import visattn
 from visattn import reference
@@ -46,21 +45,69 @@ def test_the_same_seed_initialises_like_a_plain_module():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "change", [spectral_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)], ids=["spectral norm", "pruning"]
-)
-def test_weights_that_something_else_makes(change):
-    """They are no parameters of the convolution then, and the layer takes what the convolution itself would."""
-    ours, plain = visattn.Attention(12).double().eval(), PlainAttention(12).double().eval()
+def pruned(convolution):
+    prune.l1_unstructured(convolution, "weight", 0.5)
+
+
+@pytest.mark.parametrize("make", [visattn.Attention, visattn.SelfAttention2d])
+@pytest.mark.parametrize("change", [parametrizations.spectral_norm, parametrizations.weight_norm, spectral_norm, weight_norm, pruned])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_something_else_makes(change, make):
+    """They are no parameters of the convolution then, and the layer takes and trains what the convolution itself would, step by step."""
+    ours, plain = make(12).double(), PlainAttention(12).double()
     plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
     for layer in (ours, plain):
         torch.manual_seed(0)
         change(layer.conv_key)
         change(layer.conv_value)
-    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).square().mean().backward()
+            optimizer.step()
+    visattn.explain(ours, x)  # asking makes no step
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours(x), plain(x), rtol=0, atol=1e-12)
-    torch.func.functional_call(ours, {"conv_query.weight": torch.zeros(12, 12, 1, 1, dtype=torch.float64)}, (x,))
-    assert ours.conv_query.weight.any()
+    torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_functional_call_leaves_the_weights_of_the_layer():
+    layer, x = visattn.Attention(12), torch.randn(2, 12, 5, 6)
+    torch.func.functional_call(layer, {"conv_query.weight": torch.zeros(12, 12, 1, 1)}, (x,))
+    assert layer.conv_query.weight.any()
+
+
+class Adapted(nn.Module):
+    """A convolution and something beside it, as adapters have it."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = convolution, convolution.weight, convolution.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (lambda: nn.Conv2d(4, 4, 1, stride=2), "conv_key is not a 1×1 convolution but Conv2d.*stride"),
+        (lambda: nn.Conv2d(4, 4, 1, padding=1), "conv_key is not a 1×1 convolution but Conv2d.*padding"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1)), "conv_key is a Sequential, which computes in a way of its own"),
+        (lambda: Adapted(nn.Conv2d(4, 4, 1)), "conv_key is a Adapted, which computes in a way of its own"),
+    ],
+    ids=["stride", "padding", "stack", "adapter"],
+)
+def test_what_is_no_pointwise_convolution_is_refused(other, said):
+    """Its weight alone would be taken, and the rest of it forgotten."""
+    layer, x = visattn.SelfAttention2d(4, out_proj=True), torch.randn(1, 4, 3, 3)
+    layer.conv_key = other()
+    with pytest.raises(RuntimeError, match=said):
+        layer(x)
+    with pytest.raises(RuntimeError, match=said):
+        visattn.attention_rows(layer, x, torch.tensor([[0, 0]]))
 
 
 def test_factory_arguments():

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import block, dispatch, functional, validation
+from . import block, dispatch, functional, projections, validation
 from .normalization import GroupNorm
 
 
@@ -28,10 +28,49 @@ class QueriesAndKeys(NamedTuple):
 
 
 class AttentionLayer(nn.Module):
-    """A layer that `explain` and `attention_rows` can be asked about."""
+    """A layer that `explain` and `attention_rows` can be asked about.
+
+    Its convolutions hold weights and are not called: spectral norm, weight norm and pruning work as ever, forward hooks never run.
+    """
+
+    conv_query: Any
+    conv_key: Any
+    conv_value: Any
 
     def queries_and_keys(self) -> QueriesAndKeys:
         raise NotImplementedError
+
+    def _projections(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Weights of queries, keys and values, and their biases, as the next forward pass uses them.
+
+        Raises:
+            projections.Unsuitable: something that is no 1×1 convolution stands in the place of one.
+        """
+        modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
+        w_q, b_q = _weight_and_bias(modules["conv_query"], "conv_query")
+        w_k, b_k = _weight_and_bias(modules["conv_key"], "conv_key")
+        w_v, b_v = _weight_and_bias(modules["conv_value"], "conv_value")
+        return w_q, w_k, w_v, b_q, b_k, b_v
+
+    def _without_steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The same for somebody who only asks: spectral norm makes no step."""
+        training = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            return self._projections()
+        finally:
+            for module, was_training in training.items():
+                module.training = was_training
+
+
+def _weight_and_bias(convolution: Any, name: str) -> tuple[Any, Any]:
+    """Looked up where parameters are, unless something else makes them: there is no parameter `weight` then, or the class is another."""
+    plain = convolution.__class__ is nn.Conv2d and convolution.stride == (1, 1) and convolution.padding == (0, 0)
+    own = convolution._parameters
+    if plain and "weight" in own:
+        return own["weight"], own["bias"]
+    projections.check_pointwise(convolution, name)
+    return projections.read(convolution, name)
 
 
 class _ThreeConvolutions(AttentionLayer):
@@ -49,27 +88,11 @@ class _ThreeConvolutions(AttentionLayer):
         self.conv_value = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
 
     def queries_and_keys(self) -> QueriesAndKeys:
-        query, key = self.conv_query, self.conv_key
-        return QueriesAndKeys(query.weight, key.weight, query.bias, key.bias, None, self.normalize)
-
-    def _parameters_in_order(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
-        w_q, b_q = _weight_and_bias(modules["conv_query"])
-        w_k, b_k = _weight_and_bias(modules["conv_key"])
-        w_v, b_v = _weight_and_bias(modules["conv_value"])
-        return w_q, w_k, w_v, b_q, b_k, b_v
+        w_q, w_k, _, b_q, b_k, _ = self._without_steps()
+        return QueriesAndKeys(w_q, w_k, b_q, b_k, None, self.normalize)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}"
-
-
-def _weight_and_bias(convolution: nn.Module) -> tuple[Any, Any]:
-    """Looked up where parameters are, unless something else makes them, as spectral norm does."""
-    own = convolution._parameters
-    try:
-        return own["weight"], own["bias"]
-    except KeyError:
-        return convolution.weight, convolution.bias
 
 
 class Attention(_ThreeConvolutions):
@@ -99,7 +122,7 @@ class Attention(_ThreeConvolutions):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
-        return functional.self_attention_2d(x, *self._parameters_in_order(), normalize=self.normalize)
+        return functional.self_attention_2d(x, *self._projections(), normalize=self.normalize)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}" if self.normalize == "keys" else f"{self.in_channels}, normalize={self.normalize!r}"
@@ -171,19 +194,17 @@ class SelfAttention2d(AttentionLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
-        query, key, value, out = self.conv_query, self.conv_key, self.conv_value, self.conv_out
+        w_o, b_o = (None, None) if self.conv_out is None else _weight_and_bias(self.conv_out, "conv_out")
         return functional.self_attention_2d(
-            x, query.weight, key.weight, value.weight, query.bias, key.bias, value.bias,
-            w_o=None if out is None else out.weight, b_o=None if out is None else out.bias, gamma=self.gamma, scale=self.scale,
-            num_heads=self.num_heads, norm=self._group_norm(), pool=self.pool, residual=self.residual, res_scale=self.res_scale,
+            x, *self._projections(), w_o=w_o, b_o=b_o, gamma=self.gamma, scale=self.scale, num_heads=self.num_heads,
+            norm=self._group_norm(), pool=self.pool, residual=self.residual, res_scale=self.res_scale,
         )  # fmt: skip
 
     def queries_and_keys(self) -> QueriesAndKeys:
-        query, key = self.conv_query, self.conv_key
-        value_channels = None if self.conv_out is None else self.conv_value.out_channels
+        w_q, w_k, w_v, b_q, b_k, _ = self._without_steps()
+        value_channels = None if self.conv_out is None else w_v.shape[0]
         return QueriesAndKeys(
-            query.weight, key.weight, query.bias, key.bias, self.scale, "keys",
-            self.num_heads, self._group_norm(), self.pool, value_channels,
+            w_q, w_k, b_q, b_k, self.scale, "keys", self.num_heads, self._group_norm(), self.pool, value_channels,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -214,7 +235,7 @@ class ChannelAttention(_ThreeConvolutions):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
-        return functional.channel_attention(x, *self._parameters_in_order())
+        return functional.channel_attention(x, *self._projections())
 
 
 def explain(layer: AttentionLayer, x: Tensor) -> str:

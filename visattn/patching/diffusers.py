@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..projections import Unsuitable
 from .families import DIFFUSERS, Recipe, input_channels, recipes_of
 from .probing import matching_recipe
 from .running import run
-from .weights import Unsuitable
 
 REPLACED_PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor")
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .weights import Unsuitable, check_pointwise, check_projection, check_unobserved, parts_of, unwrapped
+from ..projections import Unsuitable, check_pointwise, check_projection, unwrapped
+from .parts import check_unobserved, parts_of
 
 QKV_ORDERS = ("3hd", "h3d", "hd3")
 """How a projection to queries, keys and values at once counts its 3·h·d channels: what changes last comes last; h heads of d."""

@@ -9,11 +9,11 @@ from torch import nn
 
 from .. import validation
 from ..modules import AttentionLayer
+from ..projections import Unsuitable
 from . import diffusers
 from .families import DIFFUSERS, EDM, Family, Recipe, family_of, input_channels, recipes_of
 from .probing import matching_recipe
 from .swapping import PatchedBlock, before_attention, swap, swap_back
-from .weights import Unsuitable
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..projections import MAKERS_OF_WEIGHTS, Unsuitable
 from .families import Recipe
 from .running import run
-from .weights import MAKERS_OF_WEIGHTS, Unsuitable
 
 SHAPE = (2, 12, 10)
 """Maps, height and width: not square; even, because some that pool can only halve; and no multiple of a usual window."""

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..modules import QueriesAndKeys
+from ..projections import read
 from .families import BY_NAME, Family, Recipe, called_of
-from .weights import check_unobserved, parts_of, read
+from .parts import check_unobserved, parts_of
 
 
 def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None) -> Tensor:
