@@ -6,10 +6,14 @@ compiled depends on less, and `launch` looks at no more; `python -m bench host` 
 
 from typing import Any
 
+import torch
 from triton import JITFunction
 
 ALIGNMENT = 16
 """Bytes. Triton compiles one kernel for pointers that are multiples of it and another for those that are not."""
+
+FITS_INT32 = 2**31 - 1
+"""Bytes. For AMD GPUs Triton compiles another kernel where a tensor's memory is no larger, with offsets of 32 bits."""
 
 MAX_REMEMBERED = 4096
 """Problems whose kernels are remembered; after so many different ones all are found anew, by Triton."""
@@ -38,6 +42,8 @@ def launch(kernel: JITFunction, programs: int, constants: Constants, *args: Any)
             key.append(float)
         else:
             key.append(arg.dtype if arg.data_ptr() % ALIGNMENT == 0 else (arg.dtype,))
+    if torch.version.hip:
+        key += (arg.untyped_storage().nbytes() <= FITS_INT32 for arg in args if isinstance(arg, torch.Tensor))
     found = _remembered.get(tuple(key))
     if found is not None:
         compiled, rest, _ = found

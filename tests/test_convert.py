@@ -1,9 +1,11 @@
 """Weights of other people's blocks in this package's layers: the same results."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import visattn
 from visattn import convert
@@ -87,8 +89,13 @@ def test_two_dimensional_weights_under_old_names():
     assert_equal(layer, block)
 
 
+def pruned(layer):
+    for name in ("weight", "bias"):
+        prune.l1_unstructured(layer, name, 0.5)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("normalise", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize("normalise", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm, spectral_norm, pruned])
 def test_weights_made_of_others(normalise):
     block = Vqgan(C)
     for name in ("q", "k", "v", "proj_out"):
@@ -108,6 +115,24 @@ def test_safetensors_file(tmp_path):
     assert_equal(layer, block)
     with pytest.raises(ValueError, match=r"\.safetensors file"):
         convert.load(layer, "block.pt")
+    (tmp_path / "damaged.safetensors").write_bytes((tmp_path / "block.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"damaged\.safetensors is no whole \.safetensors file"):
+        convert.load(layer, tmp_path / "damaged.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"a mapping or a \.safetensors file"):
+        convert.load(layer, tmp_path / "folder.safetensors")
+
+
+def test_a_file_without_the_package_that_reads_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
+        convert.load(make_layer(), "block.safetensors")
+
+
+def vqgan(prefix="", **changes):
+    """The state dict of a VQGAN block; changes: tensors by their keys, dots as two underscores, None for a key that is missing."""
+    state = Vqgan(C).state_dict() | {key.replace("__", "."): tensor for key, tensor in changes.items()}
+    return {f"{prefix}{key}": tensor for key, tensor in state.items() if tensor is not None}
 
 
 @pytest.mark.parametrize(
@@ -128,6 +153,20 @@ def test_safetensors_file(tmp_path):
         (HEADS | NORMED, GuidedDiffusion(C).state_dict(), {}, "qkv_order must be told for guided-diffusion with 2 heads"),
         (HEADS | NORMED, GuidedDiffusion(C).state_dict(), {"qkv_order": "dh3"}, "qkv_order must be one of"),
         (HEADS, Vqgan(C).state_dict(), {}, "the block has norm.weight, the layer does not"),
+        (NORMED, vqgan(norm__bias=None), {}, "bias of norm are missing"),
+        (NORMED, vqgan(norm__weight=None, norm__bias=None, norm__x=torch.zeros(1)), {}, "weight and bias of norm are missing"),
+        (NORMED, vqgan(q__weight=torch.tensor(1.0)), {}, r"q must have a weight \(O, C\) .* its shape is \(\)"),
+        (NORMED, vqgan(q__weight=None), {}, "no weight among bias of q"),
+        (NORMED, vqgan(k__lora_A=torch.zeros(2, C)), {}, "k holds lora_A, which would be lost"),
+        (
+            NORMED,
+            vqgan(q__weight=None, q__bias=None) | {"q.0.weight": torch.zeros(C, C), "q.1.weight": torch.ones(C)},
+            {},
+            "q holds 1.weight",
+        ),
+        (HEADS | NORMED, GuidedDiffusion(C).state_dict() | {"qkv.weight": torch.zeros(46, C)}, {"qkv_order": "h3d"}, "has 46 rows"),
+        (NORMED, vqgan("a.b."), {}, "; blocks begin with 'a.b.'"),
+        (NORMED, vqgan("a.b."), {"prefix": "a.b"}, "; blocks begin with 'a.b.'"),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(settings, state, options, message):

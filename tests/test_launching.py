@@ -70,6 +70,15 @@ def aligned(dtype, offset=0):
 CONSTANTS = {"FACTOR": 2, "SQUARED": False, "num_warps": 1, "num_stages": 1}
 
 
+def test_large_tensors_on_amd_are_other_kernels_arguments(started, monkeypatch):
+    """Triton compiles offsets of 32 bits there for small ones; of the stub's kernels only the key tells."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(launching, "FITS_INT32", 200)
+    for length in (16, 20, 80, 160):
+        launching.launch(some_kernel, 1, CONSTANTS, torch.empty(length), 1, None, 0.5, 3, 16)
+    assert len(launching._remembered) == 2
+
+
 class TestOneKernel:
     def test_the_same_kernel_as_triton_for_every_kind_of_argument(self, started):
         """A key that forgot what a kernel was compiled for would start one that was compiled for something else."""

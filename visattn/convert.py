@@ -1,6 +1,6 @@
 """Weights of other people's attention blocks, loaded into this package's layers."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,17 @@ FAMILIES = {**BY_NAME, OLD_DIFFUSERS.name: OLD_DIFFUSERS}
 
 BATCH_NORM_EPS = 1e-5
 """A state dict does not hold it; this is what everybody leaves it at."""
+
+MANY = 30
+"""So many keys are named; a whole model has hundreds."""
+
+OF_PROJECTIONS = {
+    "weight", "bias", "W", "b", "weight_orig", "weight_mask", "bias_orig", "bias_mask", "weight_u", "weight_v", "weight_g", "weight_bar",
+    "u0", "parametrizations.weight.original", "parametrizations.weight.original0", "parametrizations.weight.original1",
+    "parametrizations.weight.0._u", "parametrizations.weight.0._v",
+}  # fmt: skip
+OF_BATCH_NORM = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+OF_ESTIMATES = {"weight_sv", "sv0"}  # of norms, which follow from what else there is
 
 State = dict[str, Tensor]
 
@@ -48,7 +59,10 @@ def load(
 
     Raises:
         TypeError: the arguments are not as above, or a weight is no tensor of floating numbers. Nothing has been loaded.
-        ValueError: the keys are no known block's, or do not fit the layer; the message names each. Nothing has been loaded.
+        ValueError: the keys are no known block's, or do not fit the layer; the message names each. Or the file is damaged, or of another
+            kind. Nothing has been loaded.
+        OSError: the file cannot be read.
+        ModuleNotFoundError: the package safetensors is not installed, and a file is to be read.
     """
     validation.check_module("layer", layer)
     tensors = _tensors(state_dict)
@@ -83,11 +97,18 @@ def _extents(tensor: Tensor) -> tuple[int, ...]:
 def _tensors(state_dict: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
     if not isinstance(state_dict, str | Path):
         return state_dict
-    if Path(state_dict).suffix != ".safetensors":
+    path = Path(state_dict)
+    if path.suffix != ".safetensors" or path.is_dir():
         raise ValueError(f"state_dict must be a mapping or a .safetensors file, got {state_dict}; load other files yourself")
-    from safetensors.torch import load_file
-
-    return load_file(state_dict)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{path.name} is read by the package safetensors: pip install safetensors", name=error.name) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{state_dict} is no whole .safetensors file: {error}") from error
 
 
 def _widened(state: State) -> State:
@@ -109,12 +130,27 @@ def _recognised(state: State, family: str | None, prefix: str) -> Family:
     if not complete:
         beginning = f" beginning with {prefix!r}" if prefix else ""
         expected = f"{', '.join(missing[family])} of {family} are missing" if family else "they are no known block's"
-        raise ValueError(f"{expected}; the keys{beginning} are {', '.join(sorted(state)) or 'none'}")
+        found = [f"{prefix}{inner}" for inner in _prefixes(state) if any(_is_of(_below(state, inner), c) for c in candidates)]
+        hint = f"; blocks begin with {', '.join(map(repr, found))}" if found else ""
+        raise ValueError(f"{expected}; the keys{beginning} are {_few(sorted(state)) or 'none'}{hint}")
     best = min(complete, key=lambda c: len(_unexpected(state, c)))
     unexpected = _unexpected(state, best)
     if unexpected and not best.ahead:
         raise ValueError(f"the keys of {best.name} are there, and unexpected ones: {', '.join(unexpected)}; check the prefix {prefix!r}")
     return best
+
+
+def _prefixes(state: State) -> list[str]:
+    """What keys begin with, up to one of their dots."""
+    return sorted({name[: i + 1] for name in state for i, letter in enumerate(name) if letter == "."})
+
+
+def _is_of(state: State, family: Family) -> bool:
+    return all(_holds(state, name) for name in _names(family)) and (bool(family.ahead) or not _unexpected(state, family))
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:MANY]) + (f" and {len(names) - MANY} more" if len(names) > MANY else "")
 
 
 def _names(family: Family) -> list[str]:
@@ -153,47 +189,69 @@ def _converted(state: State, family: Family, order: str, num_heads: int) -> Stat
 
     names = ("conv_query", "conv_key", "conv_value")
     if family.packed:
-        weight, bias = _projection(_below(state, f"{family.packed}."))
+        weight, bias = _projection(_below(state, f"{family.packed}."), family.packed)
+        if len(weight) % (3 * num_heads):
+            raise ValueError(f"{family.packed} must give queries, keys and values of {num_heads} heads, its weight has {len(weight)} rows")
         biases = (None,) * 3 if bias is None else split(bias, order, num_heads)
         for name, w, b in zip(names, split(weight, order, num_heads), biases, strict=True):
             add(name, w, b)
     else:
         sources = (family.key, family.query, family.value) if family.exchanged[0] else family.projections
         for name, source in zip(names, sources, strict=True):
-            add(name, *_projection(_below(state, f"{source}.")))
+            add(name, *_projection(_below(state, f"{source}."), source))
     if family.out:
         out = _below(state, f"{family.out}.")
-        weight, bias = _projection(out)
+        weight, bias = _projection(out, family.out, OF_BATCH_NORM)
         for batch_norm in (out, *(_below(state, f"{name}.") for name in family.afterwards)):
             weight, bias = _folded(weight, bias, batch_norm)
         add("conv_out", weight, bias)
     if family.norm:
         norm = _below(state, f"{family.norm}.")
+        if missing := [name for name in ("weight", "bias") if name not in norm]:
+            raise ValueError(f"{' and '.join(missing)} of {family.norm} are missing")
         add("norm", norm["weight"], norm["bias"])
     if family.gamma:
         found["gamma"] = state[family.gamma]
     return found
 
 
-def _projection(state: State) -> tuple[Tensor, Tensor | None]:
-    """Weight (O, C) and bias of one projection, or of a small stack that begins with one."""
+def _projection(state: State, name: str, behind: Container[str] = ()) -> tuple[Tensor, Tensor | None]:
+    """Weight (O, C) and bias of one projection, or of a small stack that begins with one; `behind` it may be tensors of these names.
+
+    Raises:
+        ValueError: there are others.
+    """
     for inner in ("0.", "conv.", "module."):
         if any(key.startswith(inner) for key in state):
-            return _projection(_below(state, inner))
+            others = [key for key in state if not key.startswith(inner) and key.rpartition(".")[2] not in behind]
+            if others:
+                raise ValueError(f"{name} holds {_few(sorted(others))} beside a projection, which would be lost")
+            return _projection(_below(state, inner), name)
+    if unknown := sorted(set(state) - OF_PROJECTIONS - OF_ESTIMATES):
+        raise ValueError(f"{name} holds {_few(unknown)}, which would be lost; merge or remove them before")
     if "W" in state:
         return state["W"].mT, state.get("b")
-    return _weight(state), state.get("bias")
+    bias = state.get("bias", state.get("bias_orig"))
+    return _weight(state, name), bias * state["bias_mask"] if bias is not None and "bias_mask" in state else bias
 
 
-def _weight(state: State) -> Tensor:
-    """The weight (O, C) as a forward pass in evaluation would use it."""
+def _weight(state: State, name: str) -> Tensor:
+    """The weight (O, C) as a forward pass in evaluation would use it.
+
+    Raises:
+        ValueError: there is none, or it is no matrix.
+    """
     made = _below(state, "parametrizations.weight.")
     if "weight_g" in state or "original0" in made:
         size, direction = (made["original0"], made["original1"]) if made else (state["weight_g"], state["weight_v"])
         return (direction * (size / direction.flatten(1).norm(dim=1).view_as(size))).flatten(1)
     original = made.get("original", state.get("weight_orig", state.get("weight_bar", state.get("weight"))))
     if original is None:
-        raise ValueError(f"no weight among {', '.join(sorted(state))}")
+        raise ValueError(f"no weight among {', '.join(sorted(state))} of {name}")
+    if original.ndim < 2:
+        raise ValueError(f"{name} must have a weight (O, C) or (O, C, 1, 1), its shape is {tuple(original.shape)}")
+    if "weight_mask" in state:
+        original = original * state["weight_mask"]
     matrix = original.flatten(1)
     left = made.get("0._u", state.get("weight_u", state.get("u0")))
     if left is None:

@@ -60,9 +60,9 @@ def requested_backend(backend: str | None) -> str:
         return backend
     if _request.backend is not None:
         return _request.backend
-    if "VISATTN_BACKEND" not in os.environ:
+    in_environment = os.environ.get("VISATTN_BACKEND")
+    if not in_environment:  # set to nothing is not set
         return "auto"
-    in_environment = os.environ["VISATTN_BACKEND"]
     validation.check_backend(in_environment, BACKENDS, "VISATTN_BACKEND")
     return in_environment
 

@@ -145,6 +145,8 @@ def _block(
     w_q, w_k, w_v, b_q, b_k, b_v, w_o, b_o, gamma = weights
     validation.check_self_attention_2d(x, w_q, w_k, w_v, b_q, b_k, b_v, gamma, scale, residual, normalize, w_o is not None)
     validation.check_block(x, w_q, w_v, w_o, b_o, num_heads, norm, pool, res_scale, normalize)
+    res_scale = float(res_scale)
+    norm = None if norm is None else norm._replace(eps=float(norm.eps))
     if not torch.compiler.is_compiling() and autograd.follows_values():
         validation.check_transforms((x, *weights, *(() if norm is None else (norm.weight, norm.bias))))
     dtype = _compute_dtype(x)

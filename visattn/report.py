@@ -118,7 +118,7 @@ def training_report(result: dict[str, Any], title: str) -> str:
     )
 
 
-def attention_maps(path: Path, image: Tensor, weights: Tensor, pixels: Sequence[tuple[int, int]], title: str) -> None:
+def attention_maps(path: Path | str, image: Tensor, weights: Tensor, pixels: Sequence[tuple[int, int]], title: str) -> None:
     """Draws an image, and over it the attention of each chosen pixel of a map that lies over the whole image, into a PNG file.
 
     Args:
@@ -196,7 +196,7 @@ def _picture(image: Tensor) -> Tensor:
     return image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path | str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    files.write(path, buffer.getvalue())
+    files.write(Path(path), buffer.getvalue())

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_level
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
@@ -95,7 +95,7 @@ def check_map(x: Tensor) -> None:
         raise TypeError("x must be a dense tensor, got a nested one; pass maps of different sizes one by one")
     shape = x.shape
     if len(shape) != 4:
-        hint = "; add a batch dimension with x.unsqueeze(0)" if len(shape) == 3 else ""
+        hint = "; add a batch dimension with x.unsqueeze(0), or make a map of tokens (N, H·W, C)" if len(shape) == 3 else ""
         raise ValueError(f"x must have shape (N, C, H, W), got {tuple(shape)}{hint}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be {_DTYPES_IN_WORDS}, got {x.dtype}; convert it with x.float()")
@@ -202,7 +202,8 @@ def check_norm(x: Tensor, norm: GroupNorm | None) -> None:
     if norm is None:
         return
     if not isinstance(norm, GroupNorm):
-        raise TypeError(f"norm must be a visattn.functional.GroupNorm or None, got {type(norm).__name__}")
+        hint = "; of a torch.nn.GroupNorm m take GroupNorm(m.num_groups, m.weight, m.bias, m.eps)" if isinstance(norm, nn.GroupNorm) else ""
+        raise TypeError(f"norm must be a visattn.functional.GroupNorm or None, got {type(norm).__module__}.{type(norm).__qualname__}{hint}")
     channels = x.shape[1]
     _check_groups("norm.num_groups", norm.num_groups, channels)
     _check_eps("norm.eps", norm.eps)

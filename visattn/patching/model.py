@@ -40,6 +40,11 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} attention block{'s' * (len(self.replaced) != 1)} on visattn, {len(self.skipped)} left as before"]
+        if not (self.replaced or self.skipped):
+            lines.append(
+                "  none was found: a block is known by the names of its parts, and the known ones are in visattn.convert.FAMILIES;"
+            )
+            lines.append("  visattn.SelfAttention2d can take the place of others")
         lines += [f"  {_shown(name)}: {self.notes[name]}" for name in self.replaced]
         lines += [f"  {_shown(name)} left: {reason}" for name, reason in self.skipped]
         return "\n".join(lines)
