@@ -177,7 +177,7 @@ BAD_BLOCKS = calls(functional.self_attention_2d, CALL, [
     ("pool of two sides", {"pool": (2, 2)}, TypeError, r"pool must be an int, got \(2, 2\)"),
     ("pool larger than the map", {"pool": 4}, ValueError, "pool must leave at least one key, got 4 for a map of 3×4; use a smaller pool"),
     ("number as norm", {"norm": 2}, TypeError, "norm must be a visattn.functional.GroupNorm or None, got builtins.int"),
-    ("module as norm", {"norm": torch.nn.GroupNorm(2, 8)}, TypeError, r"got torch\.nn.*; of a torch.nn.GroupNorm m take GroupNorm\(m.num_g"),
+    ("module as norm", {"norm": torch.nn.GroupNorm(2, 8)}, TypeError, r"got torch\.nn.*; of a torch.nn.GroupNorm m take GroupNorm\(m.num"),
     ("groups that do not divide", {"norm": GROUPS._replace(num_groups=3)}, ValueError, "must divide the 8 channels of the map, got 3"),
     ("no number of groups", {"norm": GROUPS._replace(num_groups=None)}, TypeError, "norm.num_groups must be an int"),
     ("norm of other channels", {"norm": GROUPS._replace(weight=B[:4])}, ValueError, r"norm.weight must have shape \(8,\), got \(4,\)"),
