@@ -26,6 +26,12 @@ WEIGHT_PRODUCT_SIZES = (64, 32, 32, 0, 8, 3)
 # registers and conversions. Narrower tiles have registers to spare, and bf16's parts take less shared memory.
 TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}
 
+# A tensor core cuts off what a sum cannot hold, after every 8 channels in TF32 and every 16 in bf16, whose parts are twice as exact so.
+# Where queries and keys are projected, and are rounded themselves, that is needed up to more channels, and most in the projections, whose
+# dots go over all channels at once.
+PROJECTED_TF32X3_FROM = {"hopper": 128, "blackwell": 256, "ampere": 256}
+PROJECTIONS_TF32X3_FROM = 256
+
 ALL = 256  # a tile of tokens stays in registers with all its channels
 
 # (architecture, operands) → channels of a tile → one entry for each kernel, in the order
@@ -175,7 +181,7 @@ PROJECTED_TABLE: Table = {
     ("hopper", "fp32"): {
         32: ((64, 64, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 2), (64, 64, ALL, 32, 4, 1, 255),
              (64, 32, ALL, 16, 4, 2, 255), (16, 32, ALL, 16, 4, 1)),
-        64: ((64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 16, 4, 1, 255), (64, 64, ALL, 32, 4, 1),
+        64: ((64, 64, ALL, 16, 4, 1, 255), (64, 32, ALL, 16, 4, 1), (64, 64, ALL, 32, 4, 1),
              (64, 32, ALL, 16, 4, 1, 255), (32, 64, 32, 16, 4, 1, 255)),
         128: ((64, 64, ALL, 16, 8, 1), (128, 32, 32, 16, 8, 1, 255), (32, 64, ALL, 16, 8, 1),
               (64, 32, 32, 16, 4, 1, 255), (16, 64, 32, 16, 8, 1, 255)),

@@ -11,6 +11,8 @@ from .block_sizes import (
     FOLDED_TABLE,
     NORMALIZED_TABLE,
     PROJECTED_TABLE,
+    PROJECTED_TF32X3_FROM,
+    PROJECTIONS_TF32X3_FROM,
     SINGLE_TILE_TABLE,
     TF32X3_FROM,
     TOKEN_TABLE,
@@ -328,7 +330,8 @@ def weight_product_config(target: Target) -> LaunchConfig:
 @functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
-    return ProjectedConfigs(*_rows(PROJECTED_TABLE, num_channels, dtype, target))
+    qkv_projection, *others = _rows(PROJECTED_TABLE, num_channels, dtype, target, PROJECTED_TF32X3_FROM)
+    return ProjectedConfigs(_over_all_channels(qkv_projection, num_channels, target), *others)
 
 
 @functools.cache
@@ -337,8 +340,15 @@ def projection_configs(num_channels: int, dtype: torch.dtype, target: Target) ->
 
     What takes gradients back has the tiles of the kernel that makes the gradient of y out of that of the output.
     """
-    qkv_projection, _, prepare, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target)
+    qkv_projection, _, prepare, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target, PROJECTED_TF32X3_FROM)
+    qkv_projection = _over_all_channels(qkv_projection, num_channels, target)
     return ProjectionConfigs(qkv_projection, prepare, _configs(num_channels, dtype, target)[-1])
+
+
+def _over_all_channels(config: LaunchConfig, num_channels: int, target: Target) -> LaunchConfig:
+    """The same for dots over all channels at once, whose parts are bf16's up to PROJECTIONS_TF32X3_FROM."""
+    splits_into_bf16 = config.input_precision == "tf32x3" and block_channels(num_channels) < PROJECTIONS_TF32X3_FROM
+    return config._replace(input_precision=target.fp32_precision) if splits_into_bf16 else config
 
 
 @functools.cache
@@ -369,18 +379,20 @@ def _configs(num_channels: int, dtype: torch.dtype, target: Target) -> list[Laun
     return _rows(FOLDED_TABLE, num_channels, dtype, target)
 
 
-def _rows(table: Table, num_channels: int, dtype: torch.dtype, target: Target) -> list[LaunchConfig]:
-    operands, precision = _operands(num_channels, dtype, target)
+def _rows(
+    table: Table, num_channels: int, dtype: torch.dtype, target: Target, tf32x3_from: dict[str, int] = TF32X3_FROM
+) -> list[LaunchConfig]:
+    operands, precision = _operands(num_channels, dtype, target, tf32x3_from)
     return [_config(sizes, precision) for sizes in table[target.architecture, operands][block_channels(num_channels)]]
 
 
-def _operands(num_channels: int, dtype: torch.dtype, target: Target) -> tuple[str, str]:
+def _operands(num_channels: int, dtype: torch.dtype, target: Target, tf32x3_from: dict[str, int] = TF32X3_FROM) -> tuple[str, str]:
     """The kind of rows that is looked for in the tables, and the precision of dots."""
     if dtype != torch.float32:
         return "half", "ieee"
     if target.fp32_precision == "tf32":
         return "tf32", "tf32"
-    splits_into_tf32 = target.fp32_precision == "bf16x6" and block_channels(num_channels) >= TF32X3_FROM[target.architecture]
+    splits_into_tf32 = target.fp32_precision == "bf16x6" and block_channels(num_channels) >= tf32x3_from[target.architecture]
     return "fp32", "tf32x3" if splits_into_tf32 else target.fp32_precision
 
 

@@ -57,8 +57,6 @@ def single_tile_backward_kernel(
     product_ptr (N, 2, C, C), Σ g_i y_iᵀ and Σ du_i x_iᵀ, and total_ptr (N, 2, C), Σ g_i and Σ du_i, fp32, or None where the weights want
     no gradient; arrived_ptr (1) int32, filled with zero, or None. Keys, and then queries, are taken BLOCK_N at a time.
     """
-    if arrived_ptr is not None and tl.program_id(0) == 0:
-        tl.store(arrived_ptr, 0)
     # There always are tokens. Without a branch of its own what one kernel has computed would stay in registers for the next.
     if num_tokens > 0:
         prepare_backward_kernel(
@@ -84,6 +82,8 @@ def single_tile_backward_kernel(
         tl.debug_barrier()
     if product_ptr is not None:
         n = tl.program_id(0).to(tl.int64)
+        if arrived_ptr is not None and n == 0:
+            tl.store(arrived_ptr, 0)
         product_ptr += n * 2 * C * C
         total_ptr += n * 2 * C
         if num_tokens > 0:
