@@ -1,5 +1,7 @@
 """Which backends a test runs on, and what is skipped where, each with its reason."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ torch.set_num_threads(1)
 
 if INTERPRETING:
     from . import interpreting
+    from .tensor_cores import tensor_cores
 
     interpreting.make_quicker()
 
@@ -49,6 +52,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 def place(backend: str) -> torch.device:
     """Where the backend under test is run."""
     return torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_as_on_tensor_cores(request: pytest.FixtureRequest):
+    """Of which the interpreter by itself computes dots wrongly. Only tests of the kernels that are given the dtype ask for them."""
+    given = getattr(request.node, "callspec", None)
+    wanted = INTERPRETING and given and given.params.get("dtype") == torch.bfloat16 and request.node.get_closest_marker("kernels")
+    with tensor_cores("hopper") if wanted else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

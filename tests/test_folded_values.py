@@ -33,7 +33,7 @@ def product_on_kernels(*operands, **options):
     return kernels.weight_product(*operands, config=kernels.weight_product_config(kernel_target(PLACE)), **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(3, 1, 5), (70, 130, 40), (64, 64, 32)], ids=str)
 def test_product_vector_and_outer_product(sizes, dtype):
     rows, inner, columns = sizes

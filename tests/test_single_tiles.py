@@ -15,7 +15,7 @@ kernels = pytest.importorskip("visattn.kernels", reason="needs Triton")
 launch_config = importlib.import_module("visattn.kernels.launch_config")
 
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HOPPER = kernels.Target("hopper", "bf16x6")
 CONFIG = launch_config.weight_gradients_config(HOPPER)
 

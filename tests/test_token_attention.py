@@ -15,7 +15,7 @@ from .oracle import complaints, stacked
 pytestmark = pytest.mark.kernels
 
 PLACE = torch.device("cuda", 0) if HAS_GPU else torch.device("cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ON_TOKENS = ["BigGAN", "non-local", "timm NonLocal", "timm Attention2d", "diffusers VAE", "guided-diffusion", "everything"]
 
 
