@@ -15,7 +15,7 @@ from .launch_config import LaunchConfig, block_channels, num_tiles, remembered
 from .launching import Constants, launch
 from .primitives import load_rows
 from .token_moments import PartialMoments
-from .weight_gradients import store_value_gradients, sum_of_rows, sum_of_splits
+from .weight_gradients import splits_at_once, store_value_gradients, sum_of_rows, sum_of_splits
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def store_centred_gradient(
     tl.store(d_w_ptr + offsets, (d_w - residue[:, None] * mean[None, :]).to(d_w_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits", "value_splits"])  # or small batches would compile a kernel of their own
+@triton.jit(do_not_specialize=["splits", "value_splits"])  # or single ones would be kernels of their own
 def projection_gradients_kernel(
     product_ptr, total_ptr, map_total_ptr, value_product_ptr, value_total_ptr, y_total_ptr,
     w_v_ptr, b_v_ptr, gamma_ptr,
@@ -89,10 +89,10 @@ def projection_gradients_kernel(
 
 
 @remembered
-def _constants(channels: int, qk_channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+def _constants(channels: int, qk_channels: int, value_channels: int, block_s: int, config: LaunchConfig) -> Constants:
     return dict(
         C=channels, D=qk_channels, V=value_channels,
-        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=config.block_d, **config.options,
+        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=block_s, **config.options,
     )  # fmt: skip
 
 
@@ -120,7 +120,8 @@ def projection_gradients(
     """
     (qk_channels, channels), value_channels = w_q.shape[:2], w_v.shape[0]
     gradients = tuple(None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v, gamma))
-    constants = _constants(channels, qk_channels, value_channels, config)
+    splits, value_splits = len(moments.product), len(value_moments.product)
+    constants = _constants(channels, qk_channels, value_channels, splits_at_once(max(splits, value_splits), config), config)
     tiles = num_tiles(qk_channels, config.block_n) * num_tiles(channels, config.block_n)
     columns = constants["BLOCK_K"] if y_total is None else config.block_n
     value_tiles = num_tiles(value_channels, config.block_n) * num_tiles(channels, columns)
@@ -132,7 +133,7 @@ def projection_gradients(
         w_v, b_v, gamma,
         *gradients,
         parts_of_gamma, value_moments.arrived,
-        len(moments.product), len(value_moments.product), scale, 1 / num_tokens,
+        splits, value_splits, scale, 1 / num_tokens,
     )  # fmt: skip
     return gradients
 
@@ -171,10 +172,10 @@ def output_gradients_kernel(
 
 
 @remembered
-def _output_constants(channels: int, value_channels: int, config: LaunchConfig) -> Constants:
+def _output_constants(channels: int, value_channels: int, block_s: int, config: LaunchConfig) -> Constants:
     return dict(
         C=channels, V=value_channels,
-        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(value_channels)), BLOCK_S=config.block_d, **config.options,
+        BLOCK_J=config.block_n, BLOCK_K=min(config.block_k, block_channels(value_channels)), BLOCK_S=block_s, **config.options,
     )  # fmt: skip
 
 
@@ -194,7 +195,8 @@ def output_gradients(
     """
     channels, value_channels = w.shape[:2]
     gradients = tuple(None if t is None else torch.empty_like(t) for t in (w, b_y, b, gamma))
-    constants = _output_constants(channels, value_channels, config)
+    splits = len(moments.product)
+    constants = _output_constants(channels, value_channels, splits_at_once(splits, config), config)
     parts = num_tiles(value_channels, constants["BLOCK_K"])
     tiles = num_tiles(channels, config.block_n) * parts
     parts_of_gamma = None if gamma is None else moments.product.new_empty(tiles)
@@ -205,6 +207,6 @@ def output_gradients(
         w, b_y, b, gamma,
         *gradients,
         parts_of_gamma, moments.arrived,
-        len(moments.product),
+        splits,
     )  # fmt: skip
     return gradients

@@ -21,9 +21,9 @@ def sum_of_splits(ptr, offsets, inside, splits, stride_s, BLOCK_S: tl.constexpr)
     """Sum (ROWS, COLUMNS) of `splits` matrices at `offsets` (ROWS, COLUMNS) from ptr, stride_s apart, BLOCK_S of them loaded at once."""
     acc = tl.zeros(offsets.shape, tl.float32)
     for start_s in tl.range(0, splits, BLOCK_S, num_stages=1):
-        offs_s = start_s + tl.arange(0, BLOCK_S)
-        mask = (offs_s < splits)[:, None, None] & inside[None, :, :]
-        acc += tl.sum(tl.load(ptr + offs_s[:, None, None] * stride_s + offsets[None, :, :], mask=mask, other=0.0), 0)
+        for i in tl.static_range(BLOCK_S):  # a tile of three dimensions would be added up across warps by Triton 3.6
+            s = tl.full((1, 1), start_s + i, tl.int32)
+            acc += tl.load(ptr + s * stride_s + offsets, mask=inside & (s < splits), other=0.0)
     return acc
 
 
@@ -101,7 +101,7 @@ def store_value_gradients(
         store_sum_of_parts(d_gamma, parts_ptr, arrived_ptr, d_gamma_ptr, tile, tiles, BLOCK_J)
 
 
-@triton.jit(do_not_specialize=["splits"])  # or small batches would compile a kernel of their own
+@triton.jit(do_not_specialize=["splits"])  # or a single one would be a kernel of its own
 def weight_gradients_kernel(
     product_ptr, total_ptr,
     w_q_ptr, b_q_ptr, w_k_ptr, w_v_ptr, b_v_ptr, gamma_ptr,
@@ -150,12 +150,17 @@ def weight_gradients_kernel(
         )  # fmt: skip
 
 
+def splits_at_once(splits: int, config: LaunchConfig) -> int:
+    """BLOCK_S for so many splits: a power of two, no more than are needed."""
+    return min(config.block_d, 1 << (splits - 1).bit_length())
+
+
 @remembered
-def _constants(channels: int, qk_channels: int, config: LaunchConfig) -> Constants:
+def _constants(channels: int, qk_channels: int, block_s: int, config: LaunchConfig) -> Constants:
     return dict(
         C=channels, D=qk_channels,
         BLOCK_R=min(config.block_m, block_channels(qk_channels)), BLOCK_J=config.block_n,
-        BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=config.block_d,
+        BLOCK_K=min(config.block_k, block_channels(channels)), BLOCK_S=block_s,
         INPUT_PRECISION=config.input_precision, **config.options,
     )  # fmt: skip
 
@@ -180,7 +185,8 @@ def weight_gradients(
     """
     gradients = tuple(None if w is None else torch.empty_like(w) for w in (w_q, b_q, w_k, b_k, w_v, b_v, gamma))
     qk_channels, channels = w_q.shape[:2]
-    constants = _constants(channels, qk_channels, config)
+    splits = len(moments.product)
+    constants = _constants(channels, qk_channels, splits_at_once(splits, config), config)
     parts = num_tiles(channels, config.block_n)
     value_tiles = parts * num_tiles(channels, constants["BLOCK_K"])
     parts_of_gamma = None if gamma is None else moments.product.new_empty(value_tiles)
@@ -191,6 +197,6 @@ def weight_gradients(
         w_q, b_q, w_k, w_v, b_v, gamma,
         *gradients,
         parts_of_gamma, moments.arrived,
-        len(moments.product), scale,
+        splits, scale,
     )  # fmt: skip
     return gradients
