@@ -156,7 +156,7 @@ EXAMPLES = {
             title="SAGAN's discriminator with a gradient penalty",
             note="attention at 64×64, C = 64, N = 2",
             code='visattn.patch_model(discriminator, attention_maps="skip")  # returns None in place of its (N, H·W, H·W) matrix\n'
-            "scores, _ = discriminator(images)\n"
+            "scores, _ = discriminator(images.requires_grad_())\n"
             "(gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)\n"
             "(10 * ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean() - scores.mean()).backward()  # second derivatives",
             inputs=("discriminator", "images"),

@@ -53,7 +53,7 @@ def test_ranking_has_means_runs_and_the_published_mean_beside_them():
 def test_the_section_tells_whole_from_shortened_and_what_is_missing():
     text = accuracy.section([a_result("cnn_vanilla", None, 0.6, 0), a_result("sagan_cnn", "fused", 0.3, 0, epochs=1)])
     assert "| 1 | cnn_vanilla | 60.00 | 60.00 |" in text
-    assert "| sagan_cnn (fused) | 1 | 30.00 | 0 | 10 s |" in text
+    assert "| sagan_cnn (fused) | cifar10 | 1 | 30.00 | 0 | 10 s |" in text
     assert re.search(r"Not run by the whole recipe: cnn_early.*sagan_cnn.*vit_mnist\. With fewer than three seeds: cnn_vanilla", text)
     assert "abacus, fp32, torch 2, commit `abcdef0`" in text
 
@@ -105,3 +105,11 @@ def test_the_kernels_readme_names_every_file():
     folder = README.parent / "kernels"
     named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8")))
     assert named == {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+
+
+@pytest.mark.parametrize("folder", ["visattn", "bench"])
+def test_contributing_names_every_file(folder):
+    text = (README.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", text))
+    missing = {path.name for path in (README.parent / folder).glob("*.py")} - named - {"__init__.py", "__main__.py", "conftest.py"}
+    assert not {name for name in missing if not name.startswith("test_")}

@@ -57,7 +57,13 @@ def section(parts: Parts) -> str:
     commits = sorted({part["environment"]["commit"] for part in parts.values()})
     places = sorted({f"{at['device']}, torch {at['torch']}, triton {at['triton']}" for at in (p["environment"] for p in parts.values())})
     where = f"{'; '.join(places)}, commit {', '.join(f'`{commit}`' for commit in commits)}"
-    return f"{markdown(_figures(parts))}\n`make reliability`: {where}. [Every single attempt]({PAGE.relative_to(README.parent)}).\n"
+    figures = _figures(parts)
+    off, untold = (sum(figure.right is right for figure in figures) for right in (False, None))
+    counted = f"{len(figures)} figures, {off} not as wanted, {untold} not verified here"
+    return (
+        f"{counted}: {where}. [Every single attempt]({PAGE.relative_to(README.parent)}).\n\n"
+        f"<details><summary>The table</summary>\n\n{markdown(figures)}\n</details>\n"
+    )
 
 
 def page(parts: Parts) -> str:
