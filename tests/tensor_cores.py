@@ -116,6 +116,11 @@ def _cast_impl(self: Any, src: Any, dst_type: Any) -> interpreter.TensorHandle:
     return interpreter.TensorHandle(data, dst_type.scalar)
 
 
+def _get_bf16(self: Any, value: float) -> interpreter.TensorHandle:
+    """A constant, which Triton 3.6 has none of in bf16."""
+    return _cast_impl(self, self.get_fp32(value), tl.bfloat16)
+
+
 def _not_in_bf16(operation: Callable[..., Any]) -> Callable[..., Any]:
     """Refused, since it would be done on whole numbers."""
 
@@ -143,11 +148,12 @@ def tensor_cores(architecture: str) -> Iterator[None]:
         for name, replacement in (
             ("create_dot", _create_dot),
             ("cast_impl", _cast_impl),
+            ("get_bf16", _get_bf16),
             ("binary_op", _not_in_bf16(builder.binary_op)),
             ("unary_op", _not_in_bf16(builder.unary_op)),
             ("ternary_op", _not_in_bf16(builder.ternary_op)),
         ):
-            stack.enter_context(mock.patch.object(builder, name, replacement))
+            stack.enter_context(mock.patch.object(builder, name, replacement, create=True))
         stack.enter_context(mock.patch.object(interpreter.interpreter_builder, "options", options))
         stack.enter_context(mock.patch.object(dispatch, "unsupported_reasons", _reasons_but_bf16))
         stack.enter_context(
