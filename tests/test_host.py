@@ -214,6 +214,19 @@ class TestShortPath:
             torch.autograd.grad(out, [x, *layer.parameters()], d_out)
             assert len(counts.started) == backward, counts.started
 
+    @pytest.mark.parametrize("dtype", [torch.half, torch.float32], ids=str)
+    def test_maps_of_one_tile_take_three_launches_and_nothing_else(self, dtype, monkeypatch):
+        """SAGAN's form with γ: one launch forward, two backward."""
+        monkeypatch.setattr(triton_backend, "kernel_target", host_parts._hopper)
+        layer = SelfAttention2d(128, qk_channels=16, scale=1.0, gamma=0.5).to(dtype)
+        x = torch.zeros(4, 128, 8, 8, dtype=dtype, requires_grad=True)
+        with host_parts.stubbed_launches(lambda kernel, *_, **__: counts.started.append(kernel.__name__)), Operations() as counts:
+            out = layer(x)
+            assert counts.started == ["attention_forward_kernel"]
+            d_out, counts.started[:] = torch.zeros_like(out), []
+            torch.autograd.grad(out, [x, *layer.parameters()], d_out)
+            assert counts.started == ["single_tile_backward_kernel", "weight_gradients_kernel"]
+
     def test_no_file_wraps_launches(self):
         root = Path(__file__).resolve().parent.parent
         for path in itertools.chain((root / "visattn").rglob("*.py"), (root / "kernels").rglob("*.py")):
