@@ -42,20 +42,11 @@ def section(results: list[dict[str, Any]]) -> str:
         lines = []
         for r in short:
             name = r["model"] + (f" ({r['attention']})" if r["attention"] else "")
-            lines.append(
-                [
-                    name,
-                    r["data"].partition(":")[2].rpartition("/")[2] or r["data"],
-                    str(r["epochs"]),
-                    f"{100 * r['test_accuracy']:.2f}",
-                    str(r["seed"]),
-                    f"{r['seconds_an_epoch']:.0f} s",
-                ]
-            )
+            accuracy, time = f"{100 * r['test_accuracy']:.2f}", f"{r['seconds_an_epoch']:.0f} s"
+            lines.append([name, r["data"].rpartition("/")[2], str(r["epochs"]), accuracy, str(r["seed"]), time])
         text += ["Shortened, to show that each trains; not to be compared with anything:\n"]
-        text += [
-            comparison.report.markdown_table(["model (attention)", "images", "epochs", "test accuracy, %", "seed", "time an epoch"], lines)
-        ]
+        header = ["model (attention)", "images", "epochs", "test accuracy, %", "seed", "time an epoch"]
+        text += [comparison.report.markdown_table(header, lines)]
     missing = [name for name in models.names() if not any(r["model"] == name for r in whole)]
     few = sorted({r["model"] for r in whole if sum(o["model"] == r["model"] and o["attention"] == r["attention"] for o in whole) < 3})
     commits: dict[tuple[str, ...], set[str]] = {}

@@ -30,7 +30,7 @@ TF32X3_FROM = {"hopper": 64, "blackwell": 256, "ampere": 256}
 # Where queries and keys are projected, and are rounded themselves, that is needed up to more channels, and most in the projections, whose
 # dots go over all channels at once.
 PROJECTED_TF32X3_FROM = {"hopper": 128, "blackwell": 256, "ampere": 256}
-PROJECTIONS_TF32X3_FROM = 256
+PROJECTIONS_TF32X3_FROM = {"hopper": 256, "blackwell": 256, "ampere": 256}
 
 ALL = 256  # a tile of tokens stays in registers with all its channels
 

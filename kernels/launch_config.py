@@ -330,8 +330,9 @@ def weight_product_config(target: Target) -> LaunchConfig:
 @functools.cache
 def projected_configs(num_channels: int, dtype: torch.dtype, target: Target) -> ProjectedConfigs:
     """The configurations of the kernels with projected keys for values of `num_channels`, 17 to 256, and keys of half or less."""
-    qkv_projection, *others = _rows(PROJECTED_TABLE, num_channels, dtype, target, PROJECTED_TF32X3_FROM)
-    return ProjectedConfigs(_over_all_channels(qkv_projection, num_channels, target), *others)
+    qkv_projection, *_ = _rows(PROJECTED_TABLE, num_channels, dtype, target, PROJECTIONS_TF32X3_FROM)
+    _, *others = _rows(PROJECTED_TABLE, num_channels, dtype, target, PROJECTED_TF32X3_FROM)
+    return ProjectedConfigs(qkv_projection, *others)
 
 
 @functools.cache
@@ -340,15 +341,9 @@ def projection_configs(num_channels: int, dtype: torch.dtype, target: Target) ->
 
     What takes gradients back has the tiles of the kernel that makes the gradient of y out of that of the output.
     """
-    qkv_projection, _, prepare, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target, PROJECTED_TF32X3_FROM)
-    qkv_projection = _over_all_channels(qkv_projection, num_channels, target)
+    qkv_projection, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target, PROJECTIONS_TF32X3_FROM)
+    _, _, prepare, *_ = _rows(PROJECTED_TABLE, max(32, num_channels), dtype, target, PROJECTED_TF32X3_FROM)
     return ProjectionConfigs(qkv_projection, prepare, _configs(num_channels, dtype, target)[-1])
-
-
-def _over_all_channels(config: LaunchConfig, num_channels: int, target: Target) -> LaunchConfig:
-    """The same for dots over all channels at once, whose parts are bf16's up to PROJECTIONS_TF32X3_FROM."""
-    splits_into_bf16 = config.input_precision == "tf32x3" and block_channels(num_channels) < PROJECTIONS_TF32X3_FROM
-    return config._replace(input_precision=target.fp32_precision) if splits_into_bf16 else config
 
 
 @functools.cache

@@ -52,16 +52,6 @@ class AttentionLayer(nn.Module):
         w_v, b_v = _weight_and_bias(modules["conv_value"], "conv_value")
         return w_q, w_k, w_v, b_q, b_k, b_v
 
-    def _without_steps(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The same for somebody who only asks: spectral norm makes no step."""
-        training = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            return self._projections()
-        finally:
-            for module, was_training in training.items():
-                module.training = was_training
-
 
 def _weight_and_bias(convolution: Any, name: str) -> tuple[Any, Any]:
     """Looked up where parameters are, unless something else makes them: there is no parameter `weight` then, or the class is another."""
@@ -88,7 +78,8 @@ class _ThreeConvolutions(AttentionLayer):
         self.conv_value = nn.Conv2d(in_channels, in_channels, 1, device=device, dtype=dtype)
 
     def queries_and_keys(self) -> QueriesAndKeys:
-        w_q, w_k, _, b_q, b_k, _ = self._without_steps()
+        with projections.without_steps(self):
+            w_q, w_k, _, b_q, b_k, _ = self._projections()
         return QueriesAndKeys(w_q, w_k, b_q, b_k, None, self.normalize)
 
     def extra_repr(self) -> str:
@@ -201,7 +192,8 @@ class SelfAttention2d(AttentionLayer):
         )  # fmt: skip
 
     def queries_and_keys(self) -> QueriesAndKeys:
-        w_q, w_k, w_v, b_q, b_k, _ = self._without_steps()
+        with projections.without_steps(self):
+            w_q, w_k, w_v, b_q, b_k, _ = self._projections()
         value_channels = None if self.conv_out is None else w_v.shape[0]
         return QueriesAndKeys(
             w_q, w_k, b_q, b_k, self.scale, "keys", self.num_heads, self._group_norm(), self.pool, value_channels,

@@ -1,5 +1,7 @@
 """The weight and the bias of a 1×1 projection as its own forward pass would use them, whichever way they are made."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +18,18 @@ MAKERS_OF_WEIGHTS = (SpectralNorm, WeightNorm, BasePruningMethod)
 
 class Unsuitable(RuntimeError):
     """Why something is no such projection, or a block not one that runs here, in words that a report can show."""
+
+
+@contextmanager
+def without_steps(module: nn.Module) -> Iterator[None]:
+    """Within the block spectral norm makes no step: the module is in evaluation, and afterwards as it was."""
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, was_training in training.items():
+            part.training = was_training
 
 
 def unwrapped(layer: Any) -> Any:

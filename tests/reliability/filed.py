@@ -55,7 +55,7 @@ def section(parts: Parts) -> str:
     if not parts:
         return "Nothing is filed."
     commits = sorted({part["environment"]["commit"] for part in parts.values()})
-    places = sorted({f"{at['device']}, torch {at['torch']}, triton {at['triton']}" for at in (p["environment"] for p in parts.values())})
+    places = sorted({_place(part) for part in parts.values()})
     where = f"{'; '.join(places)}, commit {', '.join(f'`{commit}`' for commit in commits)}"
     figures = _figures(parts)
     off, untold = (sum(figure.right is right for figure in figures) for right in (False, None))
@@ -70,11 +70,16 @@ def page(parts: Parts) -> str:
     """Part by part: when and where it was tried, the table, and every single attempt where a reader would want to see them."""
     text = ["# Reliability\n", f"Written by `{SECTION.command}` from {FILE.name}.\n"]
     for name, part in parts.items():
-        at, figures = part["environment"], [Figure(**figure) for figure in part["figures"]]
-        where = f"{at['device']}, torch {at['torch']}, triton {at['triton']}, commit `{at['commit']}`"
+        figures = _figures({name: part})
+        where = f"{_place(part)}, commit `{part['environment']['commit']}`"
         text += [f"## {name}\n", f"{where}, {part['seconds']} s.\n", markdown(figures)]
         text += [f"### {figure.what}: all of them\n\n{figure.details}" for figure in figures if figure.details]
     return "\n".join(text)
+
+
+def _place(part: dict[str, Any]) -> str:
+    at = part["environment"]
+    return f"{at['device']}, torch {at['torch']}, triton {at['triton']}"
 
 
 def _figures(parts: Parts) -> list[Figure]:

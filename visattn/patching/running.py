@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..modules import QueriesAndKeys
-from ..projections import read
+from ..projections import read, without_steps
 from .families import BY_NAME, Family, Recipe, called_of
 from .parts import check_unobserved, parts_of
 
@@ -55,13 +55,8 @@ def run(block: nn.Module, recipe: Recipe, x: Tensor, backend: str | None = None)
 def queries_and_keys(block: nn.Module, recipe: Recipe) -> QueriesAndKeys:
     """What decides where the block looks. Asking changes nothing: spectral norm makes no step."""
     family = BY_NAME[recipe.family]
-    training = {module: module.training for module in block.modules()}
-    block.eval()
-    try:
+    with without_steps(block):
         w_q, w_k, w_v, b_q, b_k, _ = _queries_keys_values(block, family, recipe)
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
     value_channels = w_v.shape[0] if family.out else None
     norm = _norm(block, family, w_q.dtype)
     return QueriesAndKeys(w_q, w_k, b_q, b_k, recipe.scale, recipe.normalize, recipe.num_heads, norm, recipe.pool, value_channels)
