@@ -147,6 +147,21 @@ def projection_launches(
     return launches
 
 
+def pooling_launches(
+    dtype: torch.dtype, height: int, width: int, pool: int, qk_channels: int = 8, value_channels: int = 32
+) -> list[Launch]:
+    """What takes the maxima of keys and values of such maps, and hands their gradients back; the same on every device."""
+
+    def rows(channels: int, length: int) -> torch.Tensor:
+        return kernels.empty_aligned(torch.empty(0, dtype=dtype, device="meta"), (2, channels, length))
+
+    k, v = (rows(channels, height * width) for channels in (qk_channels, value_channels))
+    with caught_launches() as launches:
+        *pooled, _ = kernels.max_pool(k, v, torch.empty(2, value_channels, device="meta"), height, width, pool)
+        kernels.max_pool_backward(k, v, *pooled, height, width, pool)
+    return launches
+
+
 def normalized_launches(
     device: Device, dtype: torch.dtype, channels: int, tokens: int = 1024, *, highest: bool = True, channels_last: bool = False
 ) -> list[Launch]:

@@ -32,6 +32,7 @@ from .launch_config import (
     wide_configs,
 )
 from .output_projection import output_projection, output_projection_backward
+from .pooling import max_pool, max_pool_backward
 from .projected_attention_backward import projected_attention_backward
 from .projected_attention_forward import projected_attention_forward
 from .projection_gradients import output_gradients, projection_gradients
@@ -66,6 +67,8 @@ __all__ = [
     "has_narrow_queries",
     "key_splits",
     "key_value_gradient_in_splits",
+    "max_pool",
+    "max_pool_backward",
     "output_gradients",
     "output_projection",
     "output_projection_backward",

@@ -15,6 +15,10 @@ MOMENTS_TILE = 64
 """Channels, and tokens of a step, of one program that takes the moments of a map's channels."""
 MOMENTS_OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
+POOLING_BLOCK = 512
+"""Windows that a program takes the maxima of at once, at most, or hands their gradients back."""
+POOLING_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
 WEIGHT_GRADIENTS_SIZES = (128, 16, 64, 16, 8, 1, 255)
 """Rows of dW_q and dW_k, columns of them, channels of a step, splits of a sum that are loaded at once, warps, stages, and registers, of
 which the assembler would now and then choose a few too few."""

@@ -17,7 +17,14 @@ if INTERPRETING:
 from visattn.kernels import single_tile_config
 
 from bench.ahead_of_time import DEVICES, compile_launch
-from bench.passes import folded_value_launches, layer_launches, normalized_launches, projection_launches, token_launches
+from bench.passes import (
+    folded_value_launches,
+    layer_launches,
+    normalized_launches,
+    pooling_launches,
+    projection_launches,
+    token_launches,
+)
 from visattn import kernels as visattn_kernels
 
 # dtype, and for fp32 whether PyTorch's switch says "highest"
@@ -59,6 +66,7 @@ PROJECTION_KERNELS = [
     "projection_gradients_kernel",
 ]
 OF_OUTPUT = PROJECTION_KERNELS[2:6]
+POOLING_KERNELS = ["max_pool_kernel", "max_pool_backward_kernel"]
 FOLDED_VALUES_KERNELS = ["weight_product_kernel"] * 3
 WIDE_FORWARD_KERNELS = ["weight_product_kernel", "wide_attention_forward_kernel"]
 WIDE_BACKWARD_KERNELS = ["weight_product_kernel", "wide_query_gradient_kernel", *KERNELS[3:]]
@@ -113,6 +121,12 @@ def check_projections(name: str, precision: str, channels: int, qk_channels: int
     shape = (channels, qk_channels, value_channels)
     launches = projection_launches(DEVICES[name], dtype, *shape, highest=highest, channels_last=channels_last)
     assert [launch.name for launch in launches] == PROJECTION_KERNELS[:2] + OF_OUTPUT * (value_channels <= 256) + PROJECTION_KERNELS[6:]
+    check_launches(launches, DEVICES[name])
+
+
+def check_pooling(name: str, precision: str, height: int, width: int, pool: int) -> None:
+    launches = pooling_launches(PRECISIONS[precision][0], height, width, pool)
+    assert [launch.name for launch in launches] == POOLING_KERNELS
     check_launches(launches, DEVICES[name])
 
 
@@ -223,6 +237,10 @@ def test_tokens(name, precision, widths, lengths):
 )
 def test_projections(name, precision, widths, channels_last):
     check_projections(name, precision, *widths, channels_last=channels_last)
+
+
+def test_pooling():
+    check_pooling("sm_90", "bf16", 64, 64, 2)
 
 
 @pytest.mark.parametrize(("name", "precision", "widths"), [("sm_90", "bf16", (512, 512)), ("sm_86", "fp32 highest", (48, 20))])
@@ -441,6 +459,14 @@ def test_every_configuration_of_tokens_in_wide_heads(name, precision, widths, ch
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_of_projections(name, precision, widths, channels_last):
     check_projections(name, precision, *widths, channels_last=channels_last)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [(64, 64, 2), (9, 11, 3), (32, 32, 16)], ids=str)
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp32 high"])
+@pytest.mark.parametrize("name", DEVICES)
+def test_every_configuration_of_pooling(name, precision, size):
+    check_pooling(name, precision, *size)
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ Nothing here looks at a clock.
 import argparse
 import importlib
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,7 @@ class TestShortPath:
         ("channels", "options", "forward", "backward"),
         [
             (64, {"num_heads": 4, "norm_groups": 8, "out_proj": True, "res_scale": 0.5}, 5, 15),
-            (64, {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 9, 22),
+            (64, {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True, "gamma": 0.0, "bias": False}, 5, 14),
             (64, {"qk_channels": 8, "gamma": 0.5}, 2, 7),
             (64, {"norm_groups": 8, "out_proj": True}, 4, 10),
             (320, {"norm_groups": 8, "out_proj": True}, 7, 14),
@@ -213,6 +214,32 @@ class TestShortPath:
             d_out, counts.started[:] = torch.zeros_like(out), []
             torch.autograd.grad(out, [x, *layer.parameters()], d_out)
             assert len(counts.started) == backward, counts.started
+
+    @pytest.mark.parametrize(
+        ("row", "options"),
+        [
+            ("four heads, norm, output projection", {"num_heads": 4, "norm_groups": 8, "out_proj": True}),
+            (
+                "BigGAN's: 8 query channels, 32 of values, pooled, output projection",
+                {"qk_channels": 8, "value_channels": 32, "pool": 2, "out_proj": True},
+            ),
+        ],
+        ids=["heads", "pooled"],
+    )
+    def test_the_kernels_readme_names_the_launches_of_blocks(self, row, options, monkeypatch):
+        text = (Path(__file__).resolve().parent.parent / "kernels" / "README.md").read_text(encoding="utf-8")
+        (cells,) = (line.split("|")[2:4] for line in text.splitlines() if line.startswith(f"| {row} |"))
+        for module in (triton_projected_tokens, projected_output, triton_backend):
+            monkeypatch.setattr(module, "kernel_target", host_parts._hopper)
+        named = [[f"{name}_kernel" for name in re.findall(r"`(\w+)`", cell)] for cell in cells]
+        layer, started = SelfAttention2d(64, **options), []
+        x = torch.zeros(2, 64, 16, 16, requires_grad=True)
+        with host_parts.stubbed_launches(lambda kernel, *_, **__: started.append(kernel.__name__)):
+            out = layer(x)
+            assert started == named[0]
+            started.clear()
+            out.sum().backward()
+            assert started == named[1]
 
     @pytest.mark.parametrize("dtype", [torch.half, torch.float32], ids=str)
     def test_maps_of_one_tile_take_three_launches_and_nothing_else(self, dtype, monkeypatch):

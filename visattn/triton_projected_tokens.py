@@ -1,8 +1,8 @@
 """Attention on the queries, keys and values of a map on the kernels: they project the map, attend, and take both back.
 
 Queries, keys and values are projected again in the backward pass, so that nothing but y and a number for each row is kept. Keys and
-values are computed less `W h̄`, h̄ being the map's mean, or pooled ones less their own: a vector that softmax drops, and one that is
-added to y again. Where the map is normalised, h below, the kernel that projects does it.
+values are computed less `W h̄`, h̄ being the map's mean, and the maxima of windows less their own mean as well: a vector that softmax
+drops, and one that is added to y again. Where the map is normalised, h below, the kernel that projects does it.
 """
 
 import math
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from . import kernels
 from .device import kernel_target, on_device_of
@@ -19,19 +18,16 @@ from .normalization import GroupNorm
 from .triton_backend import statistics_of
 
 
-class _Operands(NamedTuple):
-    """Of a map (N, C, L): what attention on tokens takes, the heads side by side.
+class _Projected(NamedTuple):
+    """Of a map (N, C, L): queries, keys and values of all its tokens, the heads side by side.
 
-    q (N, E, L) times scale and log2(e), k (N, E, K) and v (N, V, K) less vectors of each map, that of v being c (N, V).
-    k_index, v_index: where the maxima of windows lie among the L tokens; None where nothing is pooled, and K = L.
+    q (N, E, L) times scale and log2(e), k (N, E, L) and v (N, V, L) less vectors of each map, that of v being c (N, V) in fp32.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     c: Tensor
-    k_index: Tensor | None
-    v_index: Tensor | None
 
 
 def forward(
@@ -47,7 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(y, lse, centre)`: y (N·heads, V/heads, L) in aligned rows, lse (N·heads, L) in fp32, base 2, of the logits with these keys.
 
-    centre (N, C) in fp32 is the mean of h, which keys and values are projected less, or None where they are pooled.
+    centre (N, C) in fp32 is the mean of h, which keys and values are projected less; None without maps.
     """
     maps, _, height, width = x.shape
     y = kernels.empty_aligned(x, (maps * num_heads, w_v.shape[0] // num_heads, height * width))
@@ -58,11 +54,11 @@ def forward(
     with on_device_of(x):
         tokens = kernels.readable(in_memory(x).flatten(2))
         statistics = None if norm is None else statistics_of(tokens, norm)
-        centre = None
-        if pool == 1:
-            centre = tokens.mean(2, dtype=torch.float32) if statistics is None else statistics[:, -1]
-        operands = _operands(tokens, (height, width), centre, w_q, w_k, w_v, b_q, pool, scale, statistics)
-        q, k, v, c = (_heads(t, num_heads) for t in operands[:4])
+        centre = tokens.mean(2, dtype=torch.float32) if statistics is None else statistics[:, -1]
+        q, k, v, c = _projected(tokens, centre, w_q, w_k, w_v, b_q, scale, statistics)
+        if pool > 1:
+            k, v, c = kernels.max_pool(k, v, c, height, width, pool)
+        q, k, v, c = (_heads(t, num_heads) for t in (q, k, v, c))
         config = kernels.token_configs(q.shape[1], v.shape[1], x.dtype, kernel_target(x.device)).forward
         kernels.token_attention_forward(q, k, v, c, y, lse, config=config)
     return y, lse, centre
@@ -89,18 +85,21 @@ def backward(
     d_h = empty_map_like(h) if need_h else None
     if not h.numel():
         return [d_h, *(torch.zeros_like(w) if need_weights and w is not None else None for w in (w_q, w_k, w_v, b_q, b_k))]
+    assert centre is not None
+    height, width = h.shape[2:]
     target = kernel_target(h.device)
     w_q, w_k, w_v = (contiguous(w) for w in (w_q, w_k, w_v))
     with on_device_of(h):
         tokens = kernels.readable(in_memory(h).flatten(2))
-        *operands, k_index, v_index = _operands(tokens, (h.shape[2], h.shape[3]), centre, w_q, w_k, w_v, b_q, pool, scale, None)
-        q, k, v, c = (_heads(t, num_heads) for t in operands)
+        q, all_k, all_v, shift = _projected(tokens, centre, w_q, w_k, w_v, b_q, scale, None)
+        k, v, c = (all_k, all_v, shift) if pool == 1 else kernels.max_pool(all_k, all_v, shift, height, width, pool)
+        q, k, v, c = (_heads(t, num_heads) for t in (q, k, v, c))
         d_q, d_k, d_v = (kernels.empty_aligned(t, t.shape) for t in (q, k, v))
         configs = kernels.token_configs(q.shape[1], v.shape[1], h.dtype, target)
         kernels.token_attention_backward(q, k, v, c, in_memory(d_y), y, lse, d_q, d_k, d_v, scale=scale, configs=configs)
         d_q, d_k, d_v = (t.reshape(len(h), -1, t.shape[2]) for t in (d_q, d_k, d_v))
-        if k_index is not None and v_index is not None:
-            d_k, d_v = (_unpooled(d, index, tokens) for d, index in ((d_k, k_index), (d_v, v_index)))
+        if pool > 1:
+            d_k, d_v = kernels.max_pool_backward(all_k, all_v, d_k, d_v, height, width, pool)
 
         of_projections = kernels.projection_configs(h.shape[1], h.dtype, target)
         if d_h is not None:
@@ -119,19 +118,17 @@ def backward(
     return [d_h, d_w_q, d_w_k, d_w_v, d_b_q, d_b_k]
 
 
-def _operands(
+def _projected(
     tokens: Tensor,
-    size: tuple[int, int],
-    centre: Tensor | None,
+    centre: Tensor,
     w_q: Tensor,
     w_k: Tensor,
     w_v: Tensor,
     b_q: Tensor | None,
-    pool: int,
     scale: float,
     statistics: Tensor | None,
-) -> _Operands:
-    """What attends to a map (N, C, L) of `size`, or to it normalised where its statistics are given; centre as `forward` returns it.
+) -> _Projected:
+    """Of a map (N, C, L), or of it normalised where its statistics are given; centre as `forward` returns it.
 
     The weights are contiguous, those of 1×1 convolutions as well.
     """
@@ -142,17 +139,8 @@ def _operands(
     assert q is not None
     assert k is not None
     assert v is not None
-    if c is not None:
-        return _Operands(q, k, v, c, None, None)
-    (k, k_index), (v, v_index) = ([t.flatten(2) for t in max_pool2d(m.unflatten(2, size), pool, return_indices=True)] for m in (k, v))
-    k_mean, v_mean = (t.mean(2, keepdim=True) for t in (k, v))  # that of maxima is not that of what they were chosen from
-    k, v = (torch.sub(t, t_mean, out=kernels.empty_aligned(t, t.shape)) for t, t_mean in ((k, k_mean), (v, v_mean)))
-    return _Operands(q, k, v, contiguous(v_mean[:, :, 0]), k_index, v_index)
-
-
-def _unpooled(d: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
-    """The gradient of all tokens (N, E, L) from that of maxima (N, E, K), whose windows do not overlap."""
-    return kernels.empty_aligned(d, (*d.shape[:2], tokens.shape[2])).zero_().scatter_(2, index, d)
+    assert c is not None
+    return _Projected(q, k, v, c)
 
 
 def _heads(t: Tensor, num_heads: int) -> Tensor:

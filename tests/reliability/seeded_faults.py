@@ -27,6 +27,7 @@ ACCUMULATES = "tests/test_correctness.py::test_more_channels_than_one_program_ac
 WIDE = ACCUMULATES + "[triton-(2, 320, 5, 7)-40-peaked-0.0-torch.float16]"
 BLOCKS = "tests/test_general_layer.py::test_blocks_of_published_models"
 TOKENS = "tests/test_token_attention.py"
+POOLING = "tests/test_pooling.py::test_maxima_and_gradients_are_pytorchs"
 SINGLE = "tests/test_single_tiles.py"
 PROJECTED = "tests/test_projected_tokens.py"
 NORMALIZED = "tests/test_normalized_maps.py"
@@ -150,6 +151,17 @@ KERNELS = [
                    "delta += rest", "delta += 0 * rest", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
     in_interpreter("every part of a head's values the first", "token_attention",
                    "offs_cv = part * BLOCK_CV + tl", "offs_cv = tl", TOKENS + "::TestKernels::test_any_widths_lengths_and_strides"),
+    in_interpreter("last maximum of a window", "pooling", "candidate > best", "candidate >= best", POOLING),
+    in_interpreter("numbers that are none among maxima overlooked", "pooling",
+                   " | (candidate != candidate)", "", "tests/test_pooling.py::test_numbers_that_are_none_and_infinities"),
+    in_interpreter("gradients of windows over the edge", "pooling",
+                   " & (across < windows_across)", "", POOLING),
+    in_interpreter("mean of the values' maxima not told", "pooling",
+                   "shift_ptr + value_row) + mean", "shift_ptr + value_row)", POOLING),
+    in_interpreter("mean of maxima with those of no window", "pooling",
+                   "tl.where(inside, best, 0.0)", "tl.where(inside, best, 1.0)", POOLING),
+    in_interpreter("rows of values counted from the first of the keys", "pooling",
+                   "(row - num_key_rows) * stride_v", "row * stride_v", POOLING),
     in_interpreter("sums of the first map for all that are one tile", "single_tile_backward",
                    "product_ptr += n * 2 * C * C", "product_ptr += 0", SINGLE + "::test_branch_and_gradients"),
     in_interpreter("maps that are one tile, with as many as there may be", "launch_config",
