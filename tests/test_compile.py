@@ -4,6 +4,8 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import visattn
 from visattn import functional, ops, torch_attention, use_backend
@@ -112,6 +114,71 @@ def test_export_runs_the_op(training, backend, place):
         torch.testing.assert_close(program.module()(x), module(x), rtol=1e-5, atol=1e-5)
 
 
+EXPORTED = {
+    "plain": {},
+    "thin queries": {"qk_channels": 2, "gamma": 0.5},
+    "norm and output projection": {"norm_groups": 2, "out_proj": True},
+    "heads": {"num_heads": 2},
+    "pooled": {"qk_channels": 2, "value_channels": 4, "pool": 2, "out_proj": True},
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", EXPORTED.values(), ids=EXPORTED)
+def test_exported_program_takes_maps_of_any_size_and_can_be_trained(options, training):
+    """From 256 pixels on PyTorch's kernel computes and another tensor is kept: one program does both, exported for training or not."""
+    layer, dim = visattn.SelfAttention2d(8, **options), torch.export.Dim
+    sizes = {0: dim("maps", min=1, max=64), 2: dim("height", min=4, max=64), 3: dim("width", min=4, max=64)}
+    with torch.set_grad_enabled(training):
+        program = torch.export.export(layer, (torch.randn(3, 8, 6, 5),), dynamic_shapes={"x": sizes}).module()
+    for shape in ((1, 8, 5, 7), (2, 8, 20, 21)):
+        x = torch.randn(shape, requires_grad=True)
+        got, wanted = program(x), layer(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        (d_got,), (d_wanted,) = (torch.autograd.grad(out.square().sum(), x) for out in (got, wanted))
+        torch.testing.assert_close(d_got, d_wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", EXPORTED.values(), ids=EXPORTED)
+class TestForwardMode:
+    """A library op would lose tangents without a word."""
+
+    def test_within_compiled_code(self, options):
+        layer, x = visattn.SelfAttention2d(8, **options), torch.randn(1, 8, 4, 4)
+        compiled = torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,)), backend="eager")
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            compiled(x)
+
+    def test_around_compiled_code(self, options):
+        layer, x = visattn.SelfAttention2d(8, **options), torch.randn(1, 8, 4, 4)
+        compiled = torch.compile(layer, backend="eager")
+        compiled(x)
+        with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            torch.func.jvp(compiled, (x,), (x,))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("options", EXPORTED.values(), ids=EXPORTED)
+class TestTensorsWithoutNumbers:
+    """They look like a device's own, and a kernel that was started with their addresses would read from nowhere."""
+
+    def test_fake_tensors(self, options, place):
+        layer = visattn.SelfAttention2d(8, **options, device=place)
+        with use_backend("triton"), FakeTensorMode(allow_non_fake_inputs=True) as mode, recorded_backends() as ran:
+            out = layer(mode.from_tensor(torch.randn(2, 8, 6, 5, device=place)))
+        assert isinstance(out, FakeTensor)
+        assert out.shape == (2, 8, 6, 5)
+        assert ran == []
+
+    def test_make_fx_records_the_op(self, options, place):
+        layer, x = visattn.SelfAttention2d(8, **options, device=place), torch.randn(2, 8, 6, 5, device=place)
+        with use_backend("triton"), torch.no_grad():
+            graph = make_fx(layer)(x)
+            assert "visattn." in graph.code
+            y = torch.randn_like(x)
+            torch.testing.assert_close(graph(y), layer(y), rtol=1e-4, atol=1e-5)
+
+
 def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -> tuple:
     p = make_problem((2, 8, 4, 3), bias=optional, gamma=optional).to(place)
     x = p.x.contiguous(memory_format=memory_format)
@@ -119,7 +186,7 @@ def op_arguments(place, memory_format, *, optional: bool, requires_grad: bool) -
     return tuple(t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors)
 
 
-@pytest.mark.parametrize("options", [{}, {"qk_channels": 1}, {"num_heads": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_channels": 1}, {"num_heads": 2}, {"norm_groups": 2, "out_proj": True}], ids=str)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
 def test_traced_layer_is_the_eager_layer(options, backend, place):
     """On maps of any size and number, and in training: a trace would not see what runs outside of PyTorch's operators."""

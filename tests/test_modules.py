@@ -1,5 +1,8 @@
 """The layer as a module, and the attention maps of chosen pixels."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -136,3 +139,22 @@ class TestAttentionRows:
         rows = visattn.attention_rows(layer, x, self.pixels)
         assert rows.dtype == dtype
         torch.testing.assert_close(rows.float().sum((2, 3)), torch.ones(2, 3), rtol=0, atol=2e-2)
+
+    @pytest.mark.parametrize("options", [{}, {"num_heads": 2}, {"pool": 2}], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_logits_are_not_rounded_to_half_precision(self, options, dtype):
+        """They reach some 100,000 here: beyond fp16, and hundreds apart in bf16."""
+        torch.manual_seed(0)
+        layer, x = visattn.SelfAttention2d(16, scale=1.0, **options).to(dtype), 300 * torch.randn(1, 16, 5, 6).to(dtype)
+        got, expected = (visattn.attention_rows(m, t, self.pixels) for m, t in ((layer, x), (copy.deepcopy(layer).double(), x.double())))
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
+
+    @pytest.mark.parametrize(
+        "make", [visattn.Attention, functools.partial(visattn.Attention, normalize="queries")], ids=["keys", "queries"]
+    )
+    def test_autocast_changes_nothing(self, make):
+        layer, x = make(10), torch.randn(2, 10, 5, 6)
+        expected = visattn.attention_rows(layer, x, self.pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(visattn.attention_rows(layer, x, self.pixels), expected)

@@ -17,6 +17,10 @@ from . import query_normalized, torch_backend
 from .device import without_autocast
 from .folding import Gradients, Weights
 from .second_order import LastDerivative, backward_of_backward
+from .validation import refuse_vmap
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_STANDING_FOR_NUMBERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 class Settings(NamedTuple):
@@ -77,9 +81,23 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def is_looked_at() -> bool:
-    """Whether a compiler, `torch.jit.trace` or `torch.func` looks at the call, which then takes steps that they know."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_are_active()
+def is_recorded(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether attention has to be one op: a compiler or `torch.jit.trace` looks, or kernels would find no numbers where tensors say."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or (backend == "triton" and _hold_no_numbers(tensors))
+
+
+def is_looked_at(backend: str, *tensors: Tensor | None) -> bool:
+    """The same, or whether `torch.func` looks at the call, which then takes steps that all of these know."""
+    return is_recorded(backend, *tensors) or transforms_are_active()
+
+
+def _hold_no_numbers(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are fake, or wrapped by a class that computes in its own way, or `make_fx` follows what is done with them."""
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(mode) is not None for mode in _STANDING_FOR_NUMBERS):
+        return True
+    return not _PLAIN.issuperset(map(type, tensors)) and any(
+        t is not None and torch._C._dispatch_keys(t).has(torch._C.DispatchKey.Python) for t in tensors
+    )
 
 
 def gradients_of_steps(
@@ -172,6 +190,8 @@ class SelfAttentionBackward(torch.autograd.Function):
         gradients = LastDerivative.apply(second, d_out, x, *weights, v_x, *v_weights)
         # y and lse are functions of x and the weights, and φ's derivative by those already holds their part.
         return *gradients, None, None, None, None, None
+
+    vmap = staticmethod(refuse_vmap)
 
 
 def compute_backward_of_backward(scale: float, residual: bool, normalize: str, d_out: Tensor, x: Tensor, *rest: Any) -> tuple:

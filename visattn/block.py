@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, max_pool2d
+from torch.nn.functional import max_pool2d
 
 from .layout import memory_format_of
 
@@ -76,7 +76,7 @@ def _multiplications(x: Tensor, qk_channels: int, value_channels: int, backend: 
     Measured on a CPU over 64 to 512 channels, 8 to 256 of them attending, 64 to 1024 pixels: the form with fewer is the quicker.
     Products of the kernels are as wide as a power of two, at least 16 wide, and those of values at least as wide as those of keys.
     """
-    channels, qk, value = x.shape[1], qk_channels, value_channels
+    channels, qk, value = (int(width) for width in (x.shape[1], qk_channels, value_channels))  # `torch.jit.trace` has tensors for sizes
     if backend == "triton":
         channels, qk, value = (max(16, 1 << (width - 1).bit_length()) for width in (channels, qk, max(qk, value)))
     pixels = x.shape[2] * x.shape[3]
@@ -150,7 +150,10 @@ def joined(x: Tensor, branch: Tensor, residual: bool, res_scale: float) -> Tenso
 
 
 def _projected(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return conv2d(h, weight.reshape(*weight.shape[:2], 1, 1), bias)
+    """`W h + b`, a map. A product: in fp32 on CUDA a convolution follows a switch of its own, which permits TF32 unless told otherwise."""
+    weight, tokens = weight.flatten(1).expand(h.shape[0], -1, -1), h.flatten(2)
+    out = torch.bmm(weight, tokens) if bias is None else torch.baddbmm(bias[:, None], weight, tokens)
+    return out.unflatten(2, h.shape[2:])
 
 
 def _pooled(h: Tensor, pool: int) -> Tensor:

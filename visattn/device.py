@@ -25,13 +25,13 @@ TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 Answer = TypeVar("Answer", bound=Callable[..., object])
 
 
-def _constant(function: Answer) -> Answer:
+def constant_for_compilers(function: Answer) -> Answer:
     """What `torch.compiler.assume_constant_result` does, without the compiler, whose import takes as long as PyTorch's."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-@_constant  # torch.compile looks through a cache, and warns that it does
+@constant_for_compilers  # torch.compile looks through a cache, and warns that it does
 def triton_is_interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1, set before visattn is first used)."""
     return _triton_is_interpreting()
@@ -53,7 +53,7 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if autocast_is_enabled(x) else NO_CONTEXT
 
 
-@_constant
+@constant_for_compilers
 def compute_capability(device: torch.device) -> tuple[int, int]:
     return _compute_capability(device)
 

@@ -14,7 +14,7 @@ from .layout import contiguous, in_memory
 def folded_values(weights: block.Weights, backend: str) -> tuple[Tensor, Tensor | None]:
     """`W_o W_v` (C, C) and `W_o b_v + b_o` (C), computed in fp32 or wider and rounded once to the dtype of the weights."""
     w_o, w_v, b_v, b_o = weights.w_o, weights.w_v, weights.b_v, weights.b_o
-    if w_o is None or backend != "triton" or is_looked_at():
+    if w_o is None or backend != "triton" or is_looked_at(backend, w_o, w_v, b_v, b_o):
         return block.folded_values(w_o, w_v, b_v, b_o)
     if b_v is None:
         return FoldedValues.apply(w_o, w_v, None, None)[0], b_o

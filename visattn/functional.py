@@ -103,17 +103,16 @@ def _under_autocast(
 
 
 def _run(settings: autograd.Settings, x: Tensor, weights: Weights) -> Tensor:
-    """Runs eagerly, with or without a graph, or as an op where a compiler or `torch.jit.trace` is looking."""
+    """Runs eagerly, with or without a graph, or as an op where a call is recorded rather than made."""
     if settings.normalize == "queries":  # the transposed matrix is normalised by rows
         weights = weights._replace(w_q=weights.w_k, b_q=weights.b_k, w_k=weights.w_q, b_k=weights.b_q)
     needs_graph = torch.is_grad_enabled() and (x.requires_grad or any(w is not None and w.requires_grad for w in weights))
-    tracing = torch.jit.is_tracing()
-    if tracing or torch.compiler.is_compiling():
+    _check_transforms(x, *weights)
+    if autograd.is_recorded(settings.backend, x, *weights):
         from . import ops
 
-        return ops.self_attention_2d(x, *weights, *settings, needs_graph or tracing)[0]  # a trace may be trained later
-    if autograd.follows_values():
-        validation.check_transforms((x, *weights))
+        trained_later = torch.jit.is_tracing() or torch.compiler.is_exporting()
+        return ops.self_attention_2d(x, *weights, *settings, needs_graph or trained_later)[0]
     if needs_graph:
         return autograd.differentiable(x, weights, settings)
     return autograd.compute_forward(x, weights, settings, save=False)[0]
@@ -123,7 +122,7 @@ def _run_on_normalized(settings: autograd.Settings, x: Tensor, norm: GroupNorm |
     """The same for a map that may be normalised before; what is added is the map itself."""
     if norm is None:
         return _run(settings, x, weights)
-    if autograd.is_looked_at():
+    if autograd.is_looked_at(settings.backend, x, *weights):
         out = _run(settings._replace(residual=False), normalized(x, norm), weights)
         return x + out if settings.residual else out
     return map_attention.attend(x, norm.to(x.dtype), map_attention.AttentionOnMap(settings), weights)
@@ -147,8 +146,7 @@ def _block(
     validation.check_block(x, w_q, w_v, w_o, b_o, num_heads, norm, pool, res_scale, normalize)
     res_scale = float(res_scale)
     norm = None if norm is None else norm._replace(eps=float(norm.eps))
-    if not torch.compiler.is_compiling() and autograd.follows_values():
-        validation.check_transforms((x, *weights, *(() if norm is None else (norm.weight, norm.bias))))
+    _check_transforms(x, *weights, *(() if norm is None else (norm.weight, norm.bias)))
     dtype = _compute_dtype(x)
     with without_autocast(x):
         narrow_x, weights = x.to(dtype), weights.map(lambda w: w.to(dtype))
@@ -213,8 +211,7 @@ def channel_attention(
         NotImplementedError: `torch.vmap` or forward-mode derivatives are asked for.
     """
     validation.check_channel_attention(x, w_q, w_k, w_v, b_q, b_k, b_v, scale, residual)
-    if not torch.compiler.is_compiling() and autograd.follows_values():
-        validation.check_transforms((x, w_q, w_k, w_v, b_q, b_k, b_v))
+    _check_transforms(x, w_q, w_k, w_v, b_q, b_k, b_v)
     channels = x.shape[1]
     dispatch.select_backend(x, channels, None, "channels")
 
@@ -262,22 +259,46 @@ def attention_rows(
     validation.check_queries_and_keys(x, w_q, w_k, b_q, b_k, scale, normalize)
     validation.check_block(x, w_q, w_k, None, None, num_heads, norm, pool, 1.0, normalize)
     validation.check_pixels(pixels, x)
-    height, width = x.shape[2:]
     factor = (w_q.shape[0] // num_heads) ** -0.5 if scale is None else scale
-    x = normalized(x, norm)
-    tokens = x.flatten(2)
     pixels = pixels.long()  # narrower integers would overflow
-    index = pixels[:, 0] * width + pixels[:, 1]
+    index = pixels[:, 0] * x.shape[3] + pixels[:, 1]
+    wide = torch.promote_types(x.dtype, torch.float32)  # in 16 bits logits would be rounded to whole numbers, or infinite
+    with without_autocast(x):
+        h = normalized(x.to(wide), norm)
+        w_q, w_k, b_q, b_k = (None if t is None else t.to(wide) for t in (w_q, w_k, b_q, b_k))  # type: ignore[assignment]
+        return _rows(h, w_q, w_k, b_q, b_k, index, factor, num_heads, pool, normalize).to(x.dtype)
+
+
+def _rows(
+    h: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    b_q: Tensor | None,
+    b_k: Tensor | None,
+    index: Tensor,
+    scale: float,
+    num_heads: int,
+    pool: int,
+    normalize: str,
+) -> Tensor:
+    """The weights that the pixels `index` (P) of the map h (N, C, H, W) give to its keys, all of one dtype."""
+    tokens = h.flatten(2)
     if normalize == "queries":
-        return query_normalized.rows(tokens, w_q.flatten(1), w_k.flatten(1), b_k, index, factor).unflatten(2, (height, width))
+        return query_normalized.rows(tokens, w_q.flatten(1), w_k.flatten(1), b_k, index, scale).unflatten(2, h.shape[2:])
     if num_heads > 1 or pool > 1:
-        return block.rows(x, w_q, w_k, b_q, index, factor, num_heads, pool)
-    chosen = tokens[:, :, index]
-    q = w_q.flatten(1) @ chosen
+        return block.rows(h, w_q, w_k, b_q, index, scale, num_heads, pool)
+    q = w_q.flatten(1) @ tokens[:, :, index]
     if b_q is not None:
         q = q + b_q[:, None]
-    u = factor * (w_k.flatten(1).mT @ q)
-    return torch.softmax(u.mT @ tokens, -1).unflatten(2, (height, width))
+    u = scale * (w_k.flatten(1).mT @ q)
+    return torch.softmax(u.mT @ tokens, -1).unflatten(2, h.shape[2:])
+
+
+def _check_transforms(*tensors: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        validation.check_no_forward_mode()
+    elif autograd.follows_values():
+        validation.check_transforms(tensors)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -35,21 +35,23 @@ def self_attention_2d(
     backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries", lse where the PyTorch path has none."""
+    """`(out, y, lse)`; y (N, C, L) and lse (N, L) are empty without `save` and with "queries".
+
+    lse is zero where the backend gives none. That depends on the number of pixels; shapes do not, or a graph would be of some only.
+    """
     weights = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)
     with without_autocast(x):
         out, y, lse = autograd.compute_forward(x, weights, autograd.Settings(scale, residual, normalize, backend), save)
-    return out, _present(_in_layout_of(y, x), x), _present(lse, x, _lse_dtype(x))
+    if y is None:
+        return out, _present(None, x), _present(None, x, _lse_dtype(x))
+    return out, _in_layout_of(y, x), _no_lse(x, len(x), y.shape[2]) if lse is None else lse
 
 
 @self_attention_2d.register_fake
 def _(x, w_q, b_q, w_k, b_k, w_v, b_v, gamma, scale, residual, normalize, backend, save):  # type: ignore[no-untyped-def]
-    weights, dtype = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma), _lse_dtype(x)
-    saved = save and normalize == "keys"
-    y = empty_map_like(x).flatten(2) if saved else None
-    keeps_lse = saved and (backend == "triton" or torch_backend.keeps_lse(x, weights))
-    lse = x.new_empty((x.shape[0], x.shape[2] * x.shape[3]), dtype=dtype) if keeps_lse else None
-    return empty_map_like(x), _present(y, x), _present(lse, x, dtype)
+    if not save or normalize != "keys":
+        return empty_map_like(x), _present(None, x), _present(None, x, _lse_dtype(x))
+    return empty_map_like(x), empty_map_like(x).flatten(2), _no_lse(x, x.shape[0], x.shape[2] * x.shape[3])
 
 
 @torch.library.custom_op("visattn::self_attention_2d_backward", mutates_args=())
@@ -75,7 +77,7 @@ def self_attention_2d_backward(
     """`(d_x, d_w_q, d_b_q, d_w_k, d_b_k, d_w_v, d_b_v, d_gamma)`, each empty where it is not needed or has no weight."""
     weights = Weights(w_q, b_q, w_k, b_k, w_v, b_v, gamma)
     settings = autograd.Settings(scale, residual, normalize, backend)
-    saved_lse = lse if lse.dim() == 2 else None
+    saved_lse = lse if backend == "triton" or torch_backend.keeps_lse(x, weights) else None
     d_x, d_weights = autograd.compute_backward(d_out, x, weights, y, saved_lse, settings, need_x, need_weights)
     return _present(d_x, x), *(_present(d, x) for d in d_weights)  # type: ignore[return-value]
 
@@ -127,16 +129,15 @@ self_attention_2d_backward.register_autograd(_differentiate_backward, setup_cont
 
 @torch.library.custom_op("visattn::token_attention", mutates_args=())
 def token_attention(q: Tensor, k: Tensor, v: Tensor, b_k: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    """`(y, lse)`: y (B, V, L); lse (B, L) is empty where nothing keeps it."""
+    """`(y, lse)`: y (B, V, L); lse (B, L) is zero where the backend gives none."""
     with without_autocast(q):
         y, lse = on_tokens.implementation(backend).forward(q, k, v, scale)
-    return y.contiguous(), _present(lse, q, _lse_dtype(q))
+    return y.contiguous(), _no_lse(q, len(q), q.shape[2]) if lse is None else lse
 
 
 @token_attention.register_fake
 def _(q, k, v, b_k, scale, backend):  # type: ignore[no-untyped-def]
-    lse = q.new_empty((q.shape[0], q.shape[2]), dtype=_lse_dtype(q)) if on_tokens.keeps_lse(q, v, backend) else None
-    return q.new_empty((q.shape[0], v.shape[1], q.shape[2])), _present(lse, q, _lse_dtype(q))
+    return q.new_empty((q.shape[0], v.shape[1], q.shape[2])), _no_lse(q, q.shape[0], q.shape[2])
 
 
 @torch.library.custom_op("visattn::token_attention_backward", mutates_args=())
@@ -144,7 +145,7 @@ def token_attention_backward(
     d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(d_q, d_k, d_v)`."""
-    saved_lse = lse if lse.dim() == 2 else None
+    saved_lse = lse if on_tokens.keeps_lse(q, v, backend) else None
     with without_autocast(q):
         d_q, d_k, d_v = on_tokens.implementation(backend).backward(d_y, q, k, v, y, saved_lse, scale)
     return d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
@@ -192,6 +193,12 @@ def _lse_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _in_layout_of(y: Tensor | None, x: Tensor) -> Tensor | None:
+def _no_lse(x: Tensor, rows: int, length: int) -> Tensor:
+    """What stands for an lse (rows, length) that nobody needs."""
+    return x.new_zeros((rows, length), dtype=_lse_dtype(x))
+
+
+def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
     """y with the strides that the fake op promises."""
-    return None if y is None else empty_map_like(x).flatten(2).copy_(y)
+    promised = empty_map_like(x).flatten(2)
+    return y if y.stride() == promised.stride() else promised.copy_(y)

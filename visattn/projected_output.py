@@ -13,7 +13,7 @@ from .layout import contiguous, deliver, empty_map_like, in_memory
 
 def joined(x: Tensor, y: Tensor, weights: block.Weights, num_heads: int, residual: bool, res_scale: float, backend: str) -> Tensor:
     """A map like x (N, C, H, W), for y (N·heads, V/heads, L) without b_v."""
-    if backend == "triton" and not is_looked_at() and _projects(x, weights):
+    if backend == "triton" and not is_looked_at(backend, x, y, *weights) and _projects(x, weights):
         y = y.reshape(len(x), y.shape[1] * num_heads, y.shape[2])
         return ProjectedOutput.apply(x, y, weights.w_o, weights.b_v, weights.b_o, weights.gamma, residual, res_scale)
     return block.joined(x, block.branch_of(y, weights, num_heads, x.shape), residual, res_scale)

@@ -8,11 +8,10 @@ import functools
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import block, map_attention, token_attention
-from .autograd import is_looked_at
+from .autograd import is_looked_at, is_recorded
 from .map_attention import Tensors
 from .normalization import GroupNorm, normalized
 
@@ -21,7 +20,7 @@ def attend(x: Tensor, norm: GroupNorm | None, weights: block.Weights, num_heads:
     """y (N·heads, V/heads, L) without b_v, for a map x (N, C, H, W), all in one dtype."""
     w_q, w_k, w_v, b_q, b_k = weights[:5]
     kind = AttentionOnTokens(num_heads, pool, scale)
-    if backend == "triton" and not is_looked_at() and projects(x):
+    if backend == "triton" and not is_looked_at(backend, x, *weights) and projects(x):
         return map_attention.attend(x, None if norm is None else norm.to(x.dtype), kind, (w_q, w_k, w_v, b_q, b_k))
     return _in_steps(normalized(x, norm), weights, *kind, backend)
 
@@ -42,9 +41,9 @@ def implementation() -> ModuleType:
 
 
 def _in_steps(h: Tensor, weights: block.Weights, num_heads: int, pool: int, scale: float, backend: str) -> Tensor:
-    """The same by convolutions, pooling and attention on tokens, which is an op where a compiler or `torch.jit.trace` is looking."""
+    """The same by convolutions, pooling and attention on tokens, which is an op where a call is recorded."""
     q, k, v = block.queries_keys_values(h, weights, num_heads, pool)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_recorded(backend, q, k, v):
         from . import ops
 
         return ops.token_attention(q, k, v, weights.b_k, scale, backend)[0]

@@ -81,12 +81,9 @@ def backward(
 
 
 def rows(tokens: Tensor, w_q: Tensor, w_k: Tensor, b_k: Tensor | None, index: Tensor, scale: float) -> Tensor:
-    """The weights (N, P, L) of the queries `index` (P), in the dtype of tokens (N, C, L); first derivatives only."""
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    x = tokens.to(dtype)
-    k = project(w_k.to(dtype), None if b_k is None else b_k.to(dtype), x)
-    t = scale * project(w_q.to(dtype).mT, None, k)
-    return torch.exp(x[:, :, index].mT @ t - LogSums.apply(t, x)[:, None]).to(tokens.dtype)
+    """The weights (N, P, L) of the queries `index` (P) of tokens (N, C, L), all in fp32 or wider; first derivatives only."""
+    t = scale * project(w_q.mT, None, project(w_k, b_k, tokens))
+    return torch.exp(tokens[:, :, index].mT @ t - LogSums.apply(t, tokens)[:, None])
 
 
 class LogSums(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import torch_attention, torch_token_attention
 from .device import without_autocast
 from .second_order import LastDerivative
+from .validation import refuse_vmap
 
 SCORES_AT_ONCE = 1 << 20
 """Elements of one chunk of the attention matrix in the second derivative; the graph of a chunk holds about a dozen of its size."""
@@ -121,3 +122,5 @@ class TokenAttentionBackward(torch.autograd.Function):
         gradients = LastDerivative.apply(functools.partial(backward_of_backward, ctx.scale), *ctx.saved_tensors, v_q, v_k, v_v)
         # y and lse are functions of q, k and v, and φ's derivative by those already holds their part.
         return *gradients, None, None, None, None
+
+    vmap = staticmethod(refuse_vmap)

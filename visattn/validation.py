@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor, 
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from .device import autocast_is_enabled
+from .device import autocast_is_enabled, constant_for_compilers
 from .normalization import GroupNorm
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -261,15 +261,31 @@ def check_transforms(tensors: Iterable[Tensor | None]) -> None:
     for tensor in tensors:
         while tensor is not None and is_functorch_wrapped_tensor(tensor):  # by one transform after the other, from within
             if is_batchedtensor(tensor):
-                raise NotImplementedError(
-                    "torch.vmap must not go over the layer, got one of its tensors; make its dimension part of N, "
-                    "or call the layer once for each set of weights"
-                )
+                refuse_vmap()
             if maybe_get_level(tensor) in forward_levels:
                 _refuse_forward_mode()
             tensor = get_unwrapped(tensor)
         if tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             _refuse_forward_mode()
+
+
+def refuse_vmap(*_: object) -> NoReturn:
+    """For what PyTorch asks of a function under `torch.vmap`, of which `torch.func.jacrev` makes use too."""
+    raise NotImplementedError(
+        "torch.vmap must not go over the layer, got one of its tensors; make its dimension part of N, call the layer once for each set of "
+        "weights, or of derivatives (torch.func.jacrev with chunk_size=1, torch.autograd.functional.jacobian)"
+    )
+
+
+def check_no_forward_mode() -> None:
+    """The same for a call that a compiler looks at, which sees no tangents: an op there would lose them without a word."""
+    if _forward_mode_is_active():
+        _refuse_forward_mode()
+
+
+@constant_for_compilers
+def _forward_mode_is_active() -> bool:
+    return forward_ad._current_level >= 0 or any(i.key() == TransformType.Jvp for i in retrieve_all_functorch_interpreters())
 
 
 def _refuse_forward_mode() -> NoReturn:
