@@ -269,7 +269,7 @@ class TestState:
 def test_jacobians_go_row_by_row(options):
     """`torch.func.jacrev` takes all rows at once by vmap, unless it is told otherwise."""
     layer, x = visattn.SelfAttention2d(4, **options).double(), torch.randn(1, 4, 2, 3, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="torch.vmap must not go over the layer.*jacrev with chunk_size=1"):
+    with pytest.raises(NotImplementedError, match=r"torch.vmap must not go over the layer.*jacrev with chunk_size=1"):
         torch.func.jacrev(layer)(x)
     expected = torch.autograd.functional.jacobian(layer, x)
     torch.testing.assert_close(torch.func.jacrev(layer, chunk_size=1)(x), expected, rtol=0, atol=1e-12)

@@ -382,7 +382,7 @@ def _made_in_inference_mode() -> Tensor:
 
 VMAP = "torch.vmap must not go over the layer.*make its dimension part of N"
 FORWARD = "forward-mode derivatives .* must not go through the layer.*take reverse-mode ones"
-CHANGED, UNBATCHED = "modified by an inplace operation", "does not have vmap support"
+CHANGED = "modified by an inplace operation"
 BAD_STATES = [
     Kind("vmap over maps", lambda: torch.vmap(_layer)(X[None]), NotImplementedError, VMAP),
     Kind("vmap over heads", lambda: torch.vmap(lambda x: _layer(x, num_heads=2))(X[None]), NotImplementedError, VMAP),
@@ -393,8 +393,8 @@ BAD_STATES = [
     Kind("jvp of channel attention", lambda: torch.func.jvp(_channel_attention, (X,), (X,)), NotImplementedError, FORWARD),
     Kind("jvp of heads by a weight", lambda: torch.func.jvp(_by_a_weight, (W,), (W,)), NotImplementedError, FORWARD),
     Kind("hessian", lambda: torch.func.hessian(lambda x: _layer(x).sum())(X), NotImplementedError, FORWARD),
-    Kind("jacobian", lambda: torch.func.jacrev(_layer)(X), RuntimeError, UNBATCHED, started=True),
-    Kind("jacobian of heads", lambda: torch.func.jacrev(lambda x: _layer(x, num_heads=2))(X), RuntimeError, UNBATCHED, started=True),
+    Kind("jacobian", lambda: torch.func.jacrev(_layer)(X), NotImplementedError, VMAP, started=True),
+    Kind("jacobian of heads", lambda: torch.func.jacrev(lambda x: _layer(x, num_heads=2))(X), NotImplementedError, VMAP, started=True),
     Kind("a batch of gradients", _batch_of_gradients, RuntimeError, "Batching rule not implemented", started=True),
     Kind("forward-mode derivative", _forward_mode, NotImplementedError, FORWARD),
     Kind("forward-mode derivative of heads", lambda: _forward_mode(num_heads=2), NotImplementedError, FORWARD),
