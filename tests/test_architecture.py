@@ -102,7 +102,7 @@ ALLOWED = {
     "comparison": {"experiment", "files", "models", "processes", "recipes", "report"},
     "evaluation": {"data", "experiment", "models", "modules", "report", "training"},
     "demo": {"data", "files", "models", "modules", "recipes", "report", "training"},
-    "cli": {"comparison", "data", "demo", "device", "evaluation", "experiment", "processes"},
+    "cli": {"__version__", "comparison", "data", "demo", "device", "evaluation", "experiment", "processes"},
     "__main__": {"cli"},
 }
 

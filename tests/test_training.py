@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visattn import checkpoint, data, experiment, models, report, training
+from visattn import __version__, checkpoint, data, experiment, files, models, report, training
 from visattn.cli import main
 from visattn.data import Normalization
 from visattn.training import Options, Trainer
@@ -272,6 +272,8 @@ def test_models_are_listed(capsys):
         (["--model", "mlp_mnist", "--data", "folder:nowhere"], "is not there"),
         (["--model", "mlp_mnist", "--data", "letters"], "unknown data set 'letters'"),
         (["--model", "mlp_mnist", "--device", "abacus"], "abacus"),
+        (["--model", "mlp_mnist", "--device", "meta"], "must hold numbers, got meta"),
+        (["--model", "mlp_mnist", "--device", "cuda:99"], "must be one that PyTorch finds, got cuda:99"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -279,6 +281,25 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(tmp_path, capsys, argu
     assert main(["train", "--data", "digits", "--device", "cpu", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("deviation", ["0", "-1", "nan", "inf"])
+def test_a_deviation_by_which_nothing_can_be_divided_is_refused(deviation, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--model", "mlp_mnist", "--mean", "0.5", "--deviation", deviation])
+    assert "must be greater than 0" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"visattn {__version__}\n"
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="must be the path of a file"):
+        files.write(tmp_path, "text")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, capsys):

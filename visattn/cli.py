@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, 2 where something that it needs is missing or wrong, 130 where it was interrupted."""
@@ -55,9 +57,9 @@ def _compare(options: argparse.Namespace) -> None:
     with processes.group(chosen_device(options.device), options.timeout):
         console = Console(quiet=not processes.is_first())
         runs = []
-        for name in options.models:
+        for name in dict.fromkeys(options.models):  # each once
             model, _, attention = name.partition(":")
-            for seed in options.seeds:
+            for seed in dict.fromkeys(options.seeds):
                 runs.append(experiment.settings_of(model, _changes(options) | {"seed": seed, "attention": attention or None}))
         load = experiment.Loader(options.data_root, options.download, console)
         table = comparison.compare(runs, load, options.out, console)
@@ -128,6 +130,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="visattn", description="Self-attention for feature maps.")
+    parser.add_argument("--version", action="version", version=f"visattn {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train one CNN with the fused layer and with naive attention, and compare")
@@ -186,7 +189,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--data", help="digits, cifar10, mnist, fashion_mnist or folder:PATH with train/ and test/ or val/")
     recipe.add_argument("--validation", type=_share, help="share of the training images that is held back")
     recipe.add_argument("--mean", type=float, nargs="+", help="subtracted from each channel, of values between 0 and 1")
-    recipe.add_argument("--deviation", type=float, nargs="+", help="that each channel is divided by")
+    recipe.add_argument("--deviation", type=_divisor, nargs="+", help="that each channel is divided by")
     recipe.add_argument("--epochs", type=_positive)
     recipe.add_argument("--batch-size", type=_positive)
     recipe.add_argument("--learning-rate", type=float, help="of Adam")
@@ -215,6 +218,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _divisor(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be greater than 0, got {value}")
     return value
 
 

@@ -68,9 +68,14 @@ def chosen_device(name: str | None) -> torch.device:
     """The device of that name, or without one a GPU where there is one.
 
     Raises:
-        RuntimeError: there is no device of that name.
+        RuntimeError: there is no device of that name, or none that holds numbers.
     """
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "meta":
+        raise RuntimeError("the device must hold numbers, got meta; use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= (number := torch.cuda.device_count()):
+        raise RuntimeError(f"the device must be one that PyTorch finds, got {name}; it finds {number} GPUs, and cpu")
+    return device
 
 
 def float32_precision_is_highest() -> bool:

@@ -20,7 +20,12 @@ def replaced(path: Path) -> Iterator[Path]:
 
     After an error, or a crash at any moment, `path` holds what it held before. A crash leaves the temporary file, which no reader
     takes for anything and `remove_leftovers` removes.
+
+    Raises:
+        IsADirectoryError: path is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be the path of a file, it is a folder")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
