@@ -155,3 +155,10 @@ class TestReasons:
 
     def test_another_kind_of_device(self, monkeypatch):
         assert "x is on mps:0" in self.reasons(monkeypatch, place="mps")[0]
+
+
+def test_explain_is_about_the_dtype_that_is_computed_in():
+    layer, x = visattn.Attention(4), torch.zeros(1, 4, 2, 2)
+    assert "float32" in visattn.explain(layer, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in visattn.explain(layer, x)

@@ -91,7 +91,7 @@ def _under_autocast(
     backend: str | None,
 ) -> Tensor:
     """The branch in the autocast dtype, with autocast off; it must not round the map that is only passed through."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     narrow_x, narrow_gamma, *narrow = [None if t is None else t.to(dtype) for t in (x, gamma, *projections)]
     add_afterwards = residual and dtype != x.dtype
     with without_autocast(x):
@@ -147,7 +147,7 @@ def _block(
     res_scale = float(res_scale)
     norm = None if norm is None else norm._replace(eps=float(norm.eps))
     _check_transforms(x, *weights, *(() if norm is None else (norm.weight, norm.bias)))
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     with without_autocast(x):
         narrow_x, weights = x.to(dtype), weights.map(lambda w: w.to(dtype))
         form, selected = _form_and_backend(narrow_x, weights, num_heads, pool, normalize, backend)
@@ -215,7 +215,7 @@ def channel_attention(
     channels = x.shape[1]
     dispatch.select_backend(x, channels, None, "channels")
 
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     add_afterwards = residual and dtype != x.dtype
     operands = [None if t is None else t.to(dtype) for t in (x, w_q.flatten(1), w_k.flatten(1), w_v.flatten(1), b_q, b_k, b_v)]
     factor = channels**-0.5 if scale is None else float(scale)
@@ -301,7 +301,7 @@ def _check_transforms(*tensors: Tensor | None) -> None:
         validation.check_transforms(tensors)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """x's dtype, or the autocast dtype where autocast would convert x; it never converts float64."""
     if x.dtype != torch.float64 and autocast_is_enabled(x):
         return torch.get_autocast_dtype(x.device.type)

@@ -231,7 +231,7 @@ class ChannelAttention(_ThreeConvolutions):
 
 
 def explain(layer: AttentionLayer, x: Tensor) -> str:
-    """Which backend `layer(x)` would run on, in which form, and why not on the other, in one sentence.
+    """Which backend `layer(x)` would run on, in which form, and why not on the other, in one sentence; under autocast in its dtype.
 
     Raises:
         TypeError: layer is not one of this package's layers.
@@ -239,6 +239,7 @@ def explain(layer: AttentionLayer, x: Tensor) -> str:
     """
     asked = _asked_of(layer)
     validation.check_queries_and_keys(x, asked.w_q, asked.w_k, asked.b_q, asked.b_k, asked.scale, "keys")
+    x = x.to(functional.compute_dtype(x))
     qk_channels = asked.w_q.shape[0]
     if not isinstance(layer, SelfAttention2d):
         return dispatch.explain_selection(x, qk_channels, kind=asked.normalize)
