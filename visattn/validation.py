@@ -90,7 +90,8 @@ def check_layer(
 def check_map(x: Tensor) -> None:
     """x must be a floating map (N, C, H, W) with at least one channel and one pixel; N may be 0."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        hint = "; torch.fx cannot look into the layer, name it to the tracer as a leaf module" if isinstance(x, torch.fx.Proxy) else ""
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}{hint}")
     if x.is_nested:
         raise TypeError("x must be a dense tensor, got a nested one; pass maps of different sizes one by one")
     shape = x.shape

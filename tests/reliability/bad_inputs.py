@@ -393,6 +393,7 @@ BAD_STATES = [
     Kind("jvp of channel attention", lambda: torch.func.jvp(_channel_attention, (X,), (X,)), NotImplementedError, FORWARD),
     Kind("jvp of heads by a weight", lambda: torch.func.jvp(_by_a_weight, (W,), (W,)), NotImplementedError, FORWARD),
     Kind("hessian", lambda: torch.func.hessian(lambda x: _layer(x).sum())(X), NotImplementedError, FORWARD),
+    Kind("torch.fx", lambda: torch.fx.symbolic_trace(visattn.Attention(4)), TypeError, "got Proxy.*as a leaf module"),
     Kind("jacobian", lambda: torch.func.jacrev(_layer)(X), NotImplementedError, VMAP, started=True),
     Kind("jacobian of heads", lambda: torch.func.jacrev(lambda x: _layer(x, num_heads=2))(X), NotImplementedError, VMAP, started=True),
     Kind("a batch of gradients", _batch_of_gradients, RuntimeError, "Batching rule not implemented", started=True),
