@@ -299,6 +299,22 @@ KNOWN_OF_SPLITS = {
 }
 """What kernels of split loops are known to spill, for each device, precision, number of channels, and whether channels_last."""
 
+KNOWN_OF_SINGLE_TILES = {
+    ("sm_90", "fp32 highest", 48, 49, True): "attention_forward_kernel spills 16 (255 registers)",
+    ("sm_90", "fp32 highest", 64, 49, True): "attention_forward_kernel spills 16 (255 registers)",
+    ("sm_90", "fp16", 128, 49, False): "single_tile_backward_kernel spills 8 (255 registers)",
+    ("sm_90", "bf16", 128, 49, False): "single_tile_backward_kernel spills 8 (255 registers)",
+}
+"""The same of maps of one tile, for each number of tokens too."""
+
+PROJECTED_QUERY = "projected_query_gradient_kernel spills "
+KNOWN_OF_NARROW_QUERIES = {
+    ("sm_90", "fp32 highest", 48, 20, False): PROJECTED_QUERY + "16 (255 registers)",
+    ("sm_90", "fp32 highest", 64, 32, False): PROJECTED_QUERY + "24 (255 registers)",
+    ("sm_90", "fp32 highest", 64, 32, True): PROJECTED_QUERY + "24 (255 registers)",
+}
+"""The same where queries are narrow, for each width of them too. All of this is outside of loops."""
+
 SINGLE_TILES = pytest.mark.parametrize(
     ("name", "precision", "channels"),
     [
@@ -355,8 +371,8 @@ def test_every_configuration_of_maps_of_one_tile_with_narrow_queries(name, preci
 @pytest.mark.parametrize("tokens", [49, 64])
 @SINGLE_TILES
 def test_every_configuration_of_maps_of_one_tile(name, precision, channels, tokens, channels_last):
-    known = (name, precision, tokens, channels_last) == ("sm_90", "fp32 highest", 49, True) and channels in (48, 64)
-    with only_problem("attention_forward_kernel spills 16 (255 registers)") if known else contextlib.nullcontext():
+    known = KNOWN_OF_SINGLE_TILES.get((name, precision, channels, tokens, channels_last))
+    with only_problem(known) if known else contextlib.nullcontext():
         check(name, precision, channels, tokens=tokens, channels_last=channels_last, kernels=SINGLE_TILE_KERNELS)
 
 
@@ -407,7 +423,9 @@ def test_every_configuration_in_channels_last(name, precision, channels):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_with_narrow_queries(name, precision, channels, qk_channels):
-    check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS)
+    known = KNOWN_OF_NARROW_QUERIES.get((name, precision, channels, qk_channels, False))
+    with only_problem(known) if known else contextlib.nullcontext():
+        check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS)
 
 
 @pytest.mark.full
@@ -416,7 +434,9 @@ def test_every_configuration_with_narrow_queries(name, precision, channels, qk_c
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_configuration_with_narrow_queries_in_channels_last(name, precision, channels, qk_channels):
-    check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS, channels_last=True)
+    known = KNOWN_OF_NARROW_QUERIES.get((name, precision, channels, qk_channels, True))
+    with only_problem(known) if known else contextlib.nullcontext():
+        check(name, precision, channels, qk_channels, kernels=PROJECTED_KERNELS, channels_last=True)
 
 
 @pytest.mark.full
