@@ -15,7 +15,8 @@ import torch
 Call = Callable[[], object]
 
 L2_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU there is
-CALLS_A_REPLAY = 10
+CALLS_TOGETHER = 10  # between two events, where calls are short
+LONG_CALL = 0.02  # seconds, from where on one is enough to say how long
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,21 @@ def alone(call: Call, seconds: float, min_rounds: int = 3) -> Timing:
 
 
 def estimate(call: Call, device: torch.device) -> float:
-    """Seconds of one call, roughly: the least of three after one to warm up."""
+    """Seconds of one call, roughly: after one to warm up the least of three, or of a long call, one."""
 
     def finished() -> None:
         call()
         synchronize(device)
 
     finished()
-    return min(_seconds(finished) for _ in range(3))
+    first = _seconds(finished)
+    return first if first > LONG_CALL else min(first, *(_seconds(finished) for _ in range(2)))
 
 
-def events(calls: list[Call], seconds: float) -> Timing:
+def events(calls: list[Call], seconds: float, min_rounds: int = 5) -> Timing:
     """Each call by a pair of events, the L2 cache flushed before it; the calls take turns."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    rounds = _rounds(calls[0], seconds)
+    rounds = max(min_rounds, _that_fit(calls[0], seconds))
     started, ended = ([torch.cuda.Event(enable_timing=True) for _ in range(rounds)] for _ in range(2))
     for i in range(rounds):
         flush.zero_()
@@ -88,16 +90,18 @@ def events(calls: list[Call], seconds: float) -> Timing:
 
 def back_to_back(calls: list[Call], seconds: float) -> Timing:
     """One call after another with no flush between, so that the host's own time counts where it is the longer one."""
-    rounds = max(5, _rounds(calls[0], seconds) // CALLS_A_REPLAY)
+    fit = _that_fit(calls[0], seconds)
+    together = max(1, min(CALLS_TOGETHER, fit))
+    rounds = max(3, fit // together)
     started, ended = ([torch.cuda.Event(enable_timing=True) for _ in range(rounds)] for _ in range(2))
     for i in range(rounds):
         torch.cuda.synchronize()
         started[i].record()
-        for _ in range(CALLS_A_REPLAY):
+        for _ in range(together):
             calls[i % len(calls)]()
         ended[i].record()
     torch.cuda.synchronize()
-    return Timing(*quantiles([1e3 * a.elapsed_time(b) / CALLS_A_REPLAY for a, b in zip(started, ended, strict=True)]))
+    return Timing(*quantiles([1e3 * a.elapsed_time(b) / together for a, b in zip(started, ended, strict=True)]))
 
 
 def graph_replay(call: Call, seconds: float) -> Timing:
@@ -143,8 +147,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _rounds(call: Call, seconds: float) -> int:
-    return max(20, min(1000, int(seconds / estimate(call, torch.device("cuda")))))
+def _that_fit(call: Call, seconds: float) -> int:
+    """How many calls fit into `seconds` on the GPU; a thousand are enough."""
+    return min(1000, int(seconds / estimate(call, torch.device("cuda"))))
 
 
 def _seconds(call: Call) -> float:

@@ -139,7 +139,7 @@ class GpuTrial:
         return Verdict(None, errors, *used)
 
     def time(self, config: kernels.LaunchConfig, case: int) -> float:
-        return timing.events([self.launches[config, case].start], seconds=0.0).p50
+        return timing.events([self.launches[config, case].start], seconds=0.0, min_rounds=20).p50
 
     @contextlib.contextmanager
     def _in_force(self, config: kernels.LaunchConfig) -> Iterator[None]:

@@ -134,6 +134,29 @@ def test_pairs_time_both_in_turn():
     assert order == ["ours", "naive"] + ["naive", "ours"] * 3
 
 
+@pytest.mark.parametrize(("milliseconds", "flushed", "back_to_back"), [(500.0, 5, 3), (25.0, 5, 4 * 3), (0.1, 1000, 1000)])
+def test_long_calls_on_a_gpu_are_timed_few_times(milliseconds, flushed, back_to_back, monkeypatch):
+    """A step of a second must not run 140 times; the time that there is, 0.12 s, decides."""
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda _: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(timing, "estimate", lambda *_: milliseconds / 1000)
+    ran = []
+    timing.events([lambda: ran.append("flushed")], 0.12)
+    timing.back_to_back([lambda: ran.append("back to back")], 0.12)
+    assert (ran.count("flushed"), ran.count("back to back")) == (flushed, back_to_back)
+
+
+def test_an_estimate_runs_a_long_call_twice(monkeypatch):
+    ran = []
+    monkeypatch.setattr(timing, "LONG_CALL", 0.0)
+    timing.estimate(lambda: ran.append(1), CPU)
+    monkeypatch.setattr(timing, "LONG_CALL", 1.0)
+    timing.estimate(lambda: ran.append(2), CPU)
+    assert ran == [1, 1, 2, 2, 2, 2]
+
+
 def test_peak_memory_of_a_call():
     peak = timing.peak_bytes(lambda: torch.ones(1 << 24).add_(1), CPU)
     assert peak is None or 0.9 * 2**26 < peak < 1.3 * 2**26

@@ -299,7 +299,7 @@ def test_a_trial_times_the_candidates_own_kernel_and_no_other(entry, stubbed_gpu
         if "d_out_ptr" in given:  # not a truth's, which is zero almost everywhere
             assert torch.equal(given["d_out_ptr"], stage.problem.d_out.flatten(2))
 
-    monkeypatch.setattr(timing, "events", lambda calls, seconds: (calls[0](), timing.Timing(1.0, 2.0, 3.0))[1])
+    monkeypatch.setattr(timing, "events", lambda calls, seconds, min_rounds: (calls[0](), timing.Timing(1.0, 2.0, 3.0))[1])
     for case in range(2):
         stubbed_gpu.launched.clear()
         assert opened.time(config, case) == 2.0
