@@ -6,7 +6,7 @@ import sys
 
 from visattn.device import chosen_device
 
-from . import gallery, host, profiling, report, run, static, tune
+from . import gallery, host, profiling, report, run, static, tune, warm
 from .environment import environment
 
 
@@ -20,6 +20,7 @@ def run_env(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
+    "warm": ("compile what the suites launch, in many processes", warm.configure, warm.run),
     "run": ("measure suites", run.configure, run.run),
     "report": ("tables and pictures of rows, and the README's section", report.configure, report.run),
     "import": ("file rows under the name of their device", report.configure_import, report.run_import),

@@ -1,8 +1,9 @@
 """What is measured: layers on maps, and whole models. A case says nothing about who runs it."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -78,6 +79,8 @@ class ModelCase:
         return f"{self.model}, {self.batch} images, {self.precision}, {self.mode}"
 
 
+AnyCase = TypeVar("AnyCase", bound=Case | ModelCase)
+
 # (form, batch, channels, side) of every attention layer in the CIFAR models.
 _CIFAR = [
     ("attention", 64, 32, 32), ("attention", 64, 64, 32), ("attention", 64, 128, 32), ("attention", 64, 256, 32),
@@ -89,7 +92,8 @@ _LARGE = [("attention", 16, 64, 64), ("attention", 4, 64, 128), ("attention", 1,
 # What each of the lists is without a GPU, where a case takes a thousand times as long.
 _LARGE_CPU = [("attention", 1, 64, 64), ("attention", 1, 64, 128), ("attention", 1, 512, 64)]
 
-_MODELS = ("cnn_vanilla", "cnn_early_attention", "cnn_late_attention", "cnn_double_attention", "resnet10_attention", "sagan_cnn", "vit")
+# The one that a target is set for comes first.
+_MODELS = ("cnn_early_attention", "cnn_vanilla", "cnn_late_attention", "cnn_double_attention", "resnet10_attention", "sagan_cnn", "vit")
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +104,35 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--toy", dest="size", action="store_const", const="toy", help="maps of a few pixels, to see that everything runs")
     parser.set_defaults(size="full")
+
+
+def add_case_argument(parser: argparse.ArgumentParser) -> None:
+    """`case` of the options: what `named` takes."""
+    parser.add_argument("--case", nargs="+", metavar="TEXT", help="only cases with one of these in their name, as rows have it")
+
+
+def named(chosen: Iterable[AnyCase], texts: list[str] | None) -> list[AnyCase]:
+    """Those cases that have one of these texts in their name; without texts all.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = list(chosen)
+    found = [case for case in given if texts is None or any(text in str(case) for text in texts)]
+    if given and not found:
+        raise ValueError(f"no case has {' or '.join(map(repr, texts or ()))} in its name; names are like {str(given[0])!r}")
+    return found
+
+
+def suite_cases(suites: Iterable[str], device_type: str, size: str) -> list[Case | ModelCase]:
+    """Every case of these suites that is timed on the device, layers and models."""
+    found: list[Case | ModelCase] = []
+    for suite in suites:
+        if suite in LAYER_SUITES:
+            found += layer_cases(suite, device_type, size)
+        elif suite == "models":
+            found += model_cases(device_type, size)
+    return found
 
 
 def layer_cases(suite: str, device_type: str, size: str) -> Iterator[Case]:

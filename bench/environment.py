@@ -13,10 +13,9 @@ from visattn.device import describe
 
 @dataclass(frozen=True)
 class State:
-    """A GPU's clocks (MHz), power (W) and temperature (°C), at a moment; None where there is no GPU, or it does not tell."""
+    """A GPU's clock (MHz), power (W) and temperature (°C), at a moment; None where there is no GPU, or it does not tell."""
 
     clock: float | None = None
-    memory_clock: float | None = None
     power: float | None = None
     temperature: float | None = None
 
@@ -39,12 +38,18 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def state(device: torch.device) -> State:
-    """The GPU's state right now, which is to be asked right after work and not in the middle of it."""
+    """The GPU's state right now, which is to be asked right after work and not in the middle of it.
+
+    Of the driver's library, where Python has it: to start nvidia-smi takes longer than a timing.
+    """
     if device.type != "cuda":
         return State()
-    told = _nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu")
+    try:
+        return State(torch.cuda.clock_rate(device), torch.cuda.power_draw(device) / 1000, torch.cuda.temperature(device))
+    except Exception:  # of kinds that belong to a library which may not be there
+        told = _nvidia_smi("clocks.sm,power.draw,temperature.gpu")
     values = [_number(part) for part in told.split(",")] if told else []
-    return State(*values) if len(values) == 4 else State()
+    return State(*values) if len(values) == 3 else State()
 
 
 def max_clock(device: torch.device) -> float | None:

@@ -73,7 +73,7 @@ def _provider_rows(name: str, problem: Problem, truths: list[Truth], naive: Naiv
     )  # fmt: skip
     if name in COMPILED:
         torch._dynamo.reset()  # of the shapes before, of which Dynamo keeps only so many
-    with failure_as_row(row, how) as failed:
+    with failure_as_row(row) as failed:
         _check_memory(name, problem)
         built = PROVIDERS[name](problem, lambda built: _trial(built, problem, how))
         with built.context(), noted_backends() as noted:
@@ -83,37 +83,50 @@ def _provider_rows(name: str, problem: Problem, truths: list[Truth], naive: Naiv
         if wrong:
             yield replace(row, state=WRONG, reason="; ".join(wrong))
             return
-        with _in_force(built, case):
+        with in_force(built, case):
             yield from timed_rows(row, calls(built, problem), naive.call, how)
-    yield from failed
+    yield from of_failure(failed, how)
 
 
 @contextlib.contextmanager
-def failure_as_row(row: Row, how: How) -> Iterator[list[Row]]:
-    """Whatever a peer fails with within the block becomes a row, in the list; only a device that is dead ends the run."""
+def failure_as_row(row: Row) -> Iterator[list[Row]]:
+    """Whatever a peer fails with within the block becomes a row, in the list, for `of_failure`."""
     failed: list[Row] = []
     try:
         yield failed
+    except timing.DeadDevice:
+        raise
     except CannotRun as reason:
         failed.append(replace(row, reason=str(reason)))
     except Exception as error:
-        timing.synchronize(how.device)
         failed.append(replace(row, reason=f"{type(error).__name__}: {first_line(error)}"))
+
+
+def of_failure(failed: list[Row], how: How) -> Iterator[Row]:
+    """The row of a failure, if there was one; once that is kept, a device that is dead ends the run.
+
+    Raises:
+        DeadDevice: it does not answer any more, so that whatever came next would fail as well.
+    """
+    yield from failed
+    if failed:
+        timing.check_alive(how.device)
 
 
 def timed_rows(row: Row, same_work: list[timing.Call], naive: timing.Call | None, how: How) -> Iterator[Row]:
     """The row with what was timed, once for each execution; `same_work` is the same work on different inputs."""
     row = replace(row, peak_bytes=timing.peak_bytes(same_work[0], how.device))
+    state: environment.State | None = None
     for execution, take in EXECUTIONS[how.device.type].items():
         row = replace(row, execution=execution)
-        with failure_as_row(row, how) as failed:
+        with failure_as_row(row) as failed:
             taken = take(same_work, naive, how.seconds)
-            now = environment.state(how.device)
+            state = state or environment.state(how.device)  # once: the answer may take longer than a timing
             yield replace(
                 row, state=TIMED, p20=taken.p20, p50=taken.p50, p80=taken.p80, ratio_p20=taken.ratio_p20, ratio_p50=taken.ratio_p50,
-                ratio_p80=taken.ratio_p80, share=row.floor / taken.p50 if row.floor else None, clock=now.clock, power=now.power,
+                ratio_p80=taken.ratio_p80, share=row.floor / taken.p50 if row.floor else None, clock=state.clock, power=state.power,
             )  # fmt: skip
-        yield from failed
+        yield from of_failure(failed, how)
 
 
 def calls(built: Built, problem: Problem) -> list[timing.Call]:
@@ -127,7 +140,7 @@ def calls(built: Built, problem: Problem) -> list[timing.Call]:
     return [lambda x=x: train(x) for x in (x.detach().requires_grad_() for x in problem.inputs)]  # type: ignore[misc]
 
 
-def _in_force(built: Built, case: Case) -> contextlib.ExitStack:
+def in_force(built: Built, case: Case) -> contextlib.ExitStack:
     """What holds around the calls, so that it does not count in any."""
     stack = contextlib.ExitStack()
     stack.enter_context(built.context())
@@ -151,7 +164,7 @@ EXECUTIONS: dict[str, dict[str, Callable[[list[timing.Call], timing.Call | None,
 
 
 def _trial(built: Built, problem: Problem, how: How) -> float:
-    with _in_force(built, problem.case):
+    with in_force(built, problem.case):
         return timing.estimate(calls(built, problem)[0], how.device)
 
 

@@ -13,7 +13,7 @@ from visattn.device import float32_precision
 
 from . import problems, timing
 from .cases import ModelCase
-from .layers import How, failure_as_row, timed_rows
+from .layers import How, failure_as_row, of_failure, timed_rows
 from .providers import noted_backends
 from .rows import CANNOT_RUN, WRONG, Row
 
@@ -24,21 +24,25 @@ CLASSES = 10
 IMAGES_CHECKED = 4
 
 
-def measure_model(case: ModelCase, how: How) -> Iterator[Row]:
-    """The rows of each kind of attention that the model can have, naive first."""
+def kinds_of(model: str) -> list[str | None]:
+    """The kinds of attention that a model can have, naive first; None alone where it has none."""
+    return [*sorted(models.attentions(model), key=lambda kind: kind != "naive")] or [None]
+
+
+def measure_model(case: ModelCase, names: list[str], how: How) -> Iterator[Row]:
+    """The rows of the kinds of attention with these providers' names. naive always runs, to compare with."""
     with float32_precision(case.tf32):
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(case.batch, *models.input_shape(case.model), generator=generator).to(how.device)
-        labels = torch.randint(CLASSES, (case.batch,), generator=generator).to(how.device)
-        kinds: list[str | None] = [*sorted(models.attentions(case.model), key=lambda kind: kind != "naive")] or [None]
+        images, labels = _batch(case, how.device)
         naive_errors: dict[str, float] = {}
         naive_call = None
-        for kind in kinds:
+        for kind in kinds_of(case.model):
+            if kind != "naive" and provider(kind) not in names:
+                continue
             row = Row(
                 case.suite, str(case), provider(kind), how.executions[0], case.model, [case.batch, *images.shape[1:]], case.dtype,
                 case.tf32, case.mode, CANNOT_RUN, size=how.size, environment=how.environment,
             )  # fmt: skip
-            with failure_as_row(row, how) as failed:
+            with failure_as_row(row) as failed:
                 model = _model(case, kind).to(how.device)
                 with noted_backends() as noted:
                     errors = {"scores": _error(model, case, kind, images[:IMAGES_CHECKED])}
@@ -48,14 +52,26 @@ def measure_model(case: ModelCase, how: How) -> Iterator[Row]:
                 wrong = problems.complaints(errors, naive_errors, case.precision)  # the layers around are the same for every kind
                 if wrong and kind != "naive":
                     yield replace(row, state=WRONG, reason="; ".join(wrong))
-                else:
+                elif provider(kind) in names:
                     yield from timed_rows(row, [_call(model, case, images, labels)], naive_call, how)
-            yield from failed
+            yield from of_failure(failed, how)
 
 
 def provider(kind: str | None) -> str:
     """What a kind of attention is called in a row."""
     return {"fused": "visattn", None: "no attention"}.get(kind) or str(kind)
+
+
+def call_of(case: ModelCase, kind: str | None, device: torch.device) -> timing.Call:
+    """The forward pass or training step that is measured."""
+    return _call(_model(case, kind).to(device), case, *_batch(case, device))
+
+
+def _batch(case: ModelCase, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Images and their labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(case.batch, *models.input_shape(case.model), generator=generator)
+    return images.to(device), torch.randint(CLASSES, (case.batch,), generator=generator).to(device)
 
 
 def _model(case: ModelCase, kind: str | None) -> nn.Module:

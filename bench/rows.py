@@ -1,6 +1,7 @@
 """What was measured, a row each: how rows are kept, found again and filed."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,10 @@ class Rows:
         self.path = path
         self.rows = read(path) if path.exists() else []
 
-    def has(self, suite: str, case: str, provider: str | None = None) -> bool:
-        """Whether the case has been measured, by this provider or by any."""
-        return any((r.suite, r.case) == (suite, case) and provider in (None, r.provider) for r in self.rows)
+    def has(self, suite: str, case: str, provider: str, executions: Iterable[str]) -> bool:
+        """Whether the provider has been measured on the case: timed in each of these executions, or found wrong or unable."""
+        found = {r.execution: r.state for r in self.rows if (r.suite, r.case, r.provider) == (suite, case, provider)}
+        return set(executions) <= set(found) or any(state != TIMED for state in found.values())
 
     def add(self, *rows: Row) -> None:
         """Rows with the same key replace older ones."""

@@ -19,6 +19,10 @@ CALLS_TOGETHER = 10  # between two events, where calls are short
 LONG_CALL = 0.02  # seconds, from where on one is enough to say how long
 
 
+class DeadDevice(Exception):
+    """A GPU on which this process can run nothing any more; another process can."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Microseconds a call, quantiles 20, 50 and 80 %, and on a CPU the same of the ratios to the call beside it (above 1: quicker)."""
@@ -145,6 +149,17 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def check_alive(device: torch.device) -> None:
+    """
+    Raises:
+        DeadDevice: what was launched before has failed in a way after which nothing runs in this process, a stray access say.
+    """
+    try:
+        synchronize(device)
+    except RuntimeError as error:
+        raise DeadDevice(str(error)) from error
 
 
 def _that_fit(call: Call, seconds: float) -> int:

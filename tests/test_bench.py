@@ -2,18 +2,42 @@
 
 import json
 import math
+import multiprocessing
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cases, charts, environment, floors, host, layers, problems, providers, report, rows, run, speed, summary, timing
+from bench import (
+    cases,
+    charts,
+    environment,
+    floors,
+    host,
+    layers,
+    model_steps,
+    problems,
+    profiling,
+    providers,
+    report,
+    rows,
+    run,
+    speed,
+    summary,
+    timing,
+    warm,
+)
 from visattn import reference
 
 CPU = torch.device("cpu")
 CEILINGS = floors.Ceilings({"float32": 1e12, "bfloat16": 2e12}, 1e11, 1e10)
 HOW = layers.How(CPU, 0.0, "toy", CEILINGS, {"device": "an abacus", "commit": "abcdef0", "torch": "2"})
+
+
+def options(out, **changes):
+    given = {"suite": ["all"], "provider": ["naive", "sdpa", "visattn"], "case": None, "size": "toy", "out": out, "device": "cpu"}
+    return SimpleNamespace(**given | {"seconds": 0.0} | changes)
 
 
 def a_case(form="attention", mode="training", **changes):
@@ -101,6 +125,144 @@ def test_a_way_of_timing_that_breaks_loses_no_other(monkeypatch):
     assert (graph.execution, graph.state, graph.reason) == ("graph", rows.CANNOT_RUN, "RuntimeError: no graph of this")
 
 
+def test_a_device_that_dies_leaves_its_row_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    """The row is kept before anybody asks the device, which answers nothing but errors from then on."""
+    dead = []
+
+    def stray(problem, trial):
+        dead.append(True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def synchronize(_):
+        if dead:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    ours = providers.PROVIDERS["visattn"]
+    monkeypatch.setattr(timing, "synchronize", synchronize)
+    monkeypatch.setattr(run, "measure_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setitem(
+        providers.PROVIDERS, "visattn", lambda problem, trial: (stray if problem.case.mode == "forward" else ours)(problem, trial)
+    )
+    given = options(tmp_path, suite=["cifar"], provider=["naive", "visattn"], case=["attention"])
+    assert run.run(given) == run.DEAD
+    naive, failed = rows.read(tmp_path / "rows.jsonl")
+    assert (naive.provider, naive.state) == ("naive", rows.TIMED)
+    assert (failed.provider, failed.state, failed.mode) == ("visattn", rows.CANNOT_RUN, "forward")
+    assert failed.reason == "RuntimeError: an illegal memory access was encountered"
+    dead.clear()  # as in a process of its own
+    assert run.run(given) == 1, "visattn could not run a case"
+    assert not dead, "the case was tried again"
+    assert [(row.provider, row.mode, row.state) for row in rows.read(tmp_path / "rows.jsonl")[2:]] == [
+        ("naive", "training", rows.TIMED), ("visattn", "training", rows.TIMED),
+    ]  # fmt: skip
+
+
+def test_a_timing_that_kills_the_device_is_one_row(monkeypatch):
+    """Not two, of which the second, of the run that ends, would replace a time that was taken before."""
+
+    def broken(*_):
+        monkeypatch.setattr(timing, "synchronize", broken)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setitem(layers.EXECUTIONS, "cpu", layers.EXECUTIONS["cpu"] | {"graph": broken})
+    measured = []
+    with pytest.raises(timing.DeadDevice):
+        for row in layers.measure_layer(a_case(mode="forward"), ["visattn"], HOW):
+            measured.append(row)
+    assert [(row.execution, row.state) for row in measured] == [("pairs", rows.TIMED), ("graph", rows.CANNOT_RUN)]
+
+
+def test_kinds_of_attention_that_are_missing_are_measured_alone():
+    case = cases.ModelCase("cnn_early_attention", 2, "float32", False, "forward")
+    measured = list(model_steps.measure_model(case, ["visattn"], HOW))
+    assert [(row.provider, row.state) for row in measured] == [("visattn", rows.TIMED)]
+    assert measured[0].ratio_p50
+
+
+def test_cases_are_chosen_by_a_part_of_their_name():
+    chosen = cases.suite_cases(("cifar", "large", "models"), "cuda", "full")
+    found = cases.named(chosen, ["attention 64×64×32×32 bfloat16", "cnn_early_attention, 64 images, tf32, training"])
+    assert [str(case) for case in found] == [
+        "attention 64×64×32×32 bfloat16 forward", "attention 64×64×32×32 bfloat16 training",
+        "cnn_early_attention, 64 images, tf32, training",
+    ]  # fmt: skip
+    assert str(next(case for case in chosen if case.suite == "models")).startswith("cnn_early_attention"), "a target is set for it"
+    with pytest.raises(ValueError, match="no case has 'resnet' in its name; names are like 'attention 64×32"):
+        cases.named(cases.layer_cases("cifar", "cuda", "full"), ["resnet"])
+
+
+def test_every_process_warms_what_none_has_taken(monkeypatch, capsys):
+    """One case that fails ends nothing; a dead device ends its process, before that takes every case only to fail."""
+    chosen = warm.ours(cases.suite_cases(("cifar", "models"), "cpu", "toy"))
+    assert [case.mode for case in chosen] == sorted((case.mode for case in chosen), reverse=True)
+    launched, taken = [], multiprocessing.Value("i", 1)
+
+    def launch(case, device):
+        launched.append(case)
+        if case == chosen[1]:
+            raise RuntimeError("no kernel of this\nand a long trace")
+
+    monkeypatch.setattr(warm, "launch", launch)
+    with pytest.raises(SystemExit, match="1"):
+        warm.work(chosen, taken, CPU)
+    assert launched == chosen[1:]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"{chosen[1]}: RuntimeError: no kernel of this"
+    assert printed[1].startswith(f"{chosen[2]}: 0.")
+
+    def broken(_):
+        raise RuntimeError("dead")
+
+    launched.clear()
+    taken.value = 0
+    monkeypatch.setattr(timing, "synchronize", broken)
+    with pytest.raises(timing.DeadDevice):
+        warm.work(chosen, taken, CPU)
+    assert launched == chosen[:2]
+
+
+@pytest.mark.parametrize("suite", ["cifar", "models"])
+def test_what_is_warmed_is_our_layer(suite):
+    with providers.noted_backends() as noted:
+        for case in warm.ours(cases.suite_cases([suite], "cpu", "toy")):
+            warm.launch(case, CPU)
+    assert set(noted) == {"torch"}
+
+
+def test_a_profile_is_of_the_precision_that_it_names(tmp_path, monkeypatch):
+    seen = []
+    original = layers.calls
+
+    def watched(built, problem):
+        (call,) = original(built, problem)
+        return [lambda: (seen.append((problem.case.precision, torch.get_float32_matmul_precision())), call())]
+
+    monkeypatch.setattr(layers, "calls", watched)
+    monkeypatch.setattr(cases, "layer_cases", lambda *_: iter([a_case(tf32=True), a_case(), a_case(mode="forward")]))
+    assert profiling.run(SimpleNamespace(device="cpu", out=tmp_path, size="toy", case=None)) == 0
+    assert set(seen) == {("tf32", "high"), ("float32", "highest")}
+
+
+def test_a_gpu_that_tells_its_state_by_a_library_is_not_asked_by_a_program(monkeypatch):
+    gpu = torch.device("cuda")
+    asked = []
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda query: asked.append(query) or "1980, 412.5, 45")
+    for name, value in (("clock_rate", 1980), ("power_draw", 412_500), ("temperature", 45)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    by_library = environment.state(gpu)
+    assert (by_library, asked) == (environment.State(1980, 412.5, 45), [])
+    monkeypatch.delattr(torch.cuda, "power_draw")
+    assert (environment.state(gpu), len(asked)) == (by_library, 1)
+
+
+def test_the_state_is_asked_once_for_a_provider(monkeypatch):
+    asked = []
+    monkeypatch.setattr(environment, "state", lambda device: (asked.append(device), environment.State(1980.0, 400.0, 45.0))[1])
+    monkeypatch.setitem(layers.EXECUTIONS, "cpu", layers.EXECUTIONS["cpu"] | {"graph": layers.EXECUTIONS["cpu"]["pairs"]})
+    pairs, graph = layers.measure_layer(a_case(mode="forward"), ["visattn"], HOW)
+    assert (pairs.clock, graph.clock, len(asked)) == (1980.0, 1980.0, 1)
+
+
 def test_matrices_that_do_not_fit_are_not_tried(monkeypatch):
     monkeypatch.setattr(layers, "SCORES_HELD", {"forward": 1e15, "training": 1e15})
     naive, ours = layers.measure_layer(a_case(mode="forward"), ["naive", "visattn"], HOW)
@@ -176,9 +338,22 @@ def test_rows_are_kept_and_replaced_by_key(tmp_path):
     assert [(r.provider, r.execution, r.p50) for r in again.rows] == [
         ("naive", "pairs", 20.0), ("visattn", "pairs", 5.0), ("visattn", "graph", 10.0),
     ]  # fmt: skip
-    assert again.has("cifar", str(a_case()), "naive")
-    assert again.has("cifar", str(a_case()))
-    assert not again.has("cifar", str(a_case()), "sdpa")
+
+
+def test_a_provider_is_measured_once_it_is_timed_in_every_way_or_fails(tmp_path):
+    """A run that was stopped between two ways of timing goes on between them."""
+    kept = rows.Rows(tmp_path / "rows.jsonl")
+    kept.add(a_row(execution="eager"), a_row("sdpa", execution="eager", state=rows.WRONG))
+    ways = ("eager", "back to back", "graph")
+
+    def has(provider):
+        return kept.has("cifar", str(a_case()), provider, ways)
+
+    assert (has("visattn"), has("sdpa"), has("naive")) == (False, True, False)
+    kept.add(a_row(execution="back to back"))
+    assert not has("visattn")
+    kept.add(a_row(execution="graph"))
+    assert has("visattn")
 
 
 def test_a_file_that_holds_no_rows_is_named(tmp_path):
@@ -249,14 +424,14 @@ def test_the_hosts_figures_alone_make_a_report(tmp_path):
 
 
 def test_the_whole_suite_runs_reports_and_goes_on(tmp_path, monkeypatch, capsys):
-    options = SimpleNamespace(suite=["all"], provider=["naive", "sdpa", "visattn"], size="toy", out=tmp_path, device="cpu", seconds=0.0)
-    assert run.run(options) == 0
+    given = options(tmp_path)
+    assert run.run(given) == 0
     measured = rows.read(tmp_path / "rows.jsonl")
     assert {row.suite for row in measured} == {"cifar", "large", "models"}
     assert {row.state for row in measured} == {rows.TIMED}
     assert all(row.environment["device"] and row.size == "toy" for row in measured)
     monkeypatch.setattr(layers, "measure_layer", lambda *_: pytest.fail("measured again"))
-    assert run.run(options) == 0
+    assert run.run(given) == 0
 
     assert report.run(SimpleNamespace(folder=tmp_path)) == 0
     text = (tmp_path / "report.md").read_text()
