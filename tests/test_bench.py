@@ -137,12 +137,10 @@ def test_a_device_that_dies_leaves_its_row_and_the_next_run_goes_on(tmp_path, mo
         if dead:
             raise RuntimeError("an illegal memory access was encountered")
 
-    ours = providers.PROVIDERS["visattn"]
+    by_mode = {"forward": stray, "training": providers.PROVIDERS["visattn"]}
     monkeypatch.setattr(timing, "synchronize", synchronize)
     monkeypatch.setattr(run, "measure_ceilings", lambda *_: CEILINGS)
-    monkeypatch.setitem(
-        providers.PROVIDERS, "visattn", lambda problem, trial: (stray if problem.case.mode == "forward" else ours)(problem, trial)
-    )
+    monkeypatch.setitem(providers.PROVIDERS, "visattn", lambda problem, trial: by_mode[problem.case.mode](problem, trial))
     given = options(tmp_path, suite=["cifar"], provider=["naive", "visattn"], case=["attention"])
     assert run.run(given) == run.DEAD
     naive, failed = rows.read(tmp_path / "rows.jsonl")
@@ -167,8 +165,7 @@ def test_a_timing_that_kills_the_device_is_one_row(monkeypatch):
     monkeypatch.setitem(layers.EXECUTIONS, "cpu", layers.EXECUTIONS["cpu"] | {"graph": broken})
     measured = []
     with pytest.raises(timing.DeadDevice):
-        for row in layers.measure_layer(a_case(mode="forward"), ["visattn"], HOW):
-            measured.append(row)
+        measured.extend(layers.measure_layer(a_case(mode="forward"), ["visattn"], HOW))
     assert [(row.execution, row.state) for row in measured] == [("pairs", rows.TIMED), ("graph", rows.CANNOT_RUN)]
 
 
