@@ -1,6 +1,7 @@
 """Which backends a test runs on, and what is skipped where, each with its reason."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -30,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("kernels") and not (HAS_GPU or INTERPRETING):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Ends a worker of pytest-xdist whose device is dead, once its failure is told: what it ran next would fail too, another does not."""
+    if report.failed and HAS_GPU and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
 
 
 def pytest_report_header() -> str:
