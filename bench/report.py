@@ -8,7 +8,7 @@ from pathlib import Path
 from visattn import files
 from visattn.report import markdown_table
 
-from . import charts, host, speed, summary
+from . import charts, host, speed, summary, targets
 from .environment import slug
 from .rows import HOST_FILE, RESULTS, TIMED, Row, Rows, read
 
@@ -103,7 +103,7 @@ def _of_layers_and_models(rows: list[Row], folder: Path) -> Iterator[str]:
 
 def _targets(rows: list[Row]) -> Iterator[str]:
     device_type = "cpu" if any(row.execution == "pairs" for row in rows) else "cuda"
-    cells = [[v.target, "–" if v.figure is None else f"{v.figure:.2f}", v.in_words] for v in summary.verdicts(rows, device_type)]
+    cells = [[v.target, "–" if v.figure is None else f"{v.figure:.2f}", v.in_words] for v in targets.verdicts(rows, device_type)]
     yield f"## Targets\n\n{markdown_table(['target', 'measured', ''], cells)}"
 
 
@@ -117,10 +117,16 @@ def layer_table(lines: list[summary.Line]) -> str:
             _name(line.first),
             *(_time(line, name) for name in providers),
             f"{line.ratio('visattn', peer):.2f}× {peer}" if ours and peer else "–",
-            f"{100 * ours.share:.0f} %" if ours and ours.share else "–",
+            _share(line.closest_to_floor),
             _memory(line),
         ])  # fmt: skip
     return markdown_table(["(N, C, H, W)", *providers, "visattn against the best peer", "of the floor", "memory, naive → visattn"], cells)
+
+
+def _share(row: Row | None) -> str:
+    if row is None or not row.share:
+        return "–"
+    return f"{100 * row.share:.0f} %" + ", replayed" * (row.execution == summary.REPLAY)
 
 
 def _time(line: summary.Line, name: str) -> str:
@@ -173,7 +179,10 @@ def _peak(row: Row) -> str:
 
 
 def _other_executions(rows: list[Row]) -> Iterator[str]:
-    for execution, title in (("back to back", "One call after another, the host's time included"), ("graph", "Replayed as a CUDA graph")):
+    for execution, title in (
+        ("back to back", "One call after another, the host's time included"),
+        (summary.REPLAY, "Replayed as a CUDA graph"),
+    ):
         for mode, mode_title in MODES.items():
             lines = [line for line in summary.lines(rows, "cifar", (execution,)) if line.first.mode == mode]
             if lines:

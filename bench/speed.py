@@ -4,7 +4,7 @@ from visattn.report import markdown_table
 
 from . import summary
 from .readme import Section
-from .rows import RESULTS, Row, read
+from .rows import RESULTS, TIMED, Row, read
 
 SECTION = Section("speed", "python -m bench report")
 
@@ -42,11 +42,14 @@ def _device(folder: str, rows: list[Row]) -> str:
 
 
 def _cell(line: summary.Line | None) -> str:
-    if line is None or line.timed("visattn") is None:
+    row, naive = (line.rows.get(name) if line else None for name in ("visattn", "naive"))
+    if line is None or row is None:
         return "–"
+    if row.state != TIMED:
+        return f"**{row.state}**"
     ratio, peer = line.ratio_to_naive("visattn"), line.best(summary.PEERS)
     against = f" ({line.ratio('visattn', peer):.2f}×)" if peer else ""
-    return (f"{ratio:.2f}×" if ratio else "naive does not fit") + against
+    return (f"{ratio:.2f}×" if ratio else f"naive {naive.state}" if naive else "naive not measured") + against
 
 
 def _missing(devices: dict[str, list[Row]]) -> list[str]:

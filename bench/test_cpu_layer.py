@@ -13,7 +13,7 @@ import torch
 from bench import layers, problems, timing
 from bench.cases import Case, layer_cases
 from bench.providers import PROVIDERS
-from bench.summary import least_ratio_on_cpu
+from bench.targets import least_ratio_on_cpu
 
 CASES = list(layer_cases("cifar", "cpu", "full"))
 

@@ -25,6 +25,7 @@ from bench import (
     run,
     speed,
     summary,
+    targets,
     timing,
     warm,
 )
@@ -370,20 +371,64 @@ def test_ratios_are_those_of_pairs_or_of_medians():
     assert (line.ratio_to_naive("visattn"), line.best(summary.PEERS)) == (2.0, None)
 
 
+def rows_of(case, executions, **times):
+    """A row for each provider and execution of a case, timed with these medians."""
+    told = {"suite": case.suite, "case": str(case), "form": getattr(case, "form", "model"), "shape": list(getattr(case, "shape", ()))}
+    told |= {"dtype": case.dtype, "tf32": case.tf32, "mode": case.mode}
+    return [a_row(provider, p50, execution=execution, **told) for provider, p50 in times.items() for execution in executions]
+
+
+def full_cases(device_type, *texts, suite="cifar"):
+    return cases.named(cases.suite_cases([suite], device_type, "full"), list(texts))
+
+
 def test_targets_are_met_or_not_or_not_measured():
-    wide = [64, 64, 32, 32]
-    measured = [a_row("naive", 20.0, ratio_p50=1.0), a_row(ratio_p50=2.1)]
-    measured = [replace(row, shape=wide, mode="forward") for row in measured]
-    forward, training, never = summary.verdicts(measured, "cpu")
-    assert (forward.figure, forward.in_words) == (2.1, "not met")
+    early, *_ = full_cases("cpu", "attention 64×64×32×32 float32 forward")
+    measured = rows_of(early, ["pairs"], naive=20.0, visattn=10.0)
+    forward, training, never = targets.verdicts(measured, "cpu")
+    assert (forward.figure, forward.in_words) == (2.0, "not met (1 of 2 cases)")
     assert (training.figure, training.in_words) == (None, "not measured")
     assert (never.figure, never.in_words) == (None, "not measured")
-    bf16 = [replace(row, dtype="bfloat16", case="in bf16") for row in measured]
-    assert [v.in_words for v in summary.verdicts([*measured, *bf16], "cpu")] == ["not met", "not measured", "met"]
-    on_gpu = [replace(row, execution="eager", ratio_p50=None, p50=p) for row, p in zip(measured, (90.0, 10.0), strict=True)]
-    first, *rest = summary.verdicts(on_gpu, "cuda")
-    assert (first.figure, first.in_words) == (9.0, "met")
-    assert {verdict.in_words for verdict in rest} == {"not measured"}
+    bf16, *_ = full_cases("cpu", "attention 64×64×32×32 bfloat16 forward")
+    never = targets.verdicts([*measured, *rows_of(bf16, ["pairs"], naive=20.0, visattn=10.0)], "cpu")[2]
+    assert never.in_words == "met (1 of 32 cases)"
+
+
+def test_a_target_says_how_many_of_its_cases_were_measured_and_against_whom():
+    chosen = full_cases("cuda", "attention 64×64×32×32 float32 forward", "attention 64×64×32×32 bfloat16 forward")
+    measured = [row for case in chosen for row in rows_of(case, ["eager"], naive=90.0, sdpa=30.0, visattn=10.0)]
+    words = {verdict.target: verdict.in_words for verdict in targets.verdicts(measured, "cuda")}
+    assert words["(64, 64, 32, 32), fp32 with the same switch, forward: at least 8× naive"] == "met (1 of 2 cases)"
+    assert words["bf16 and fp16, CIFAR shapes: each at least 1.2× the best peer"] == "met (1 of 36 cases, against sdpa)"
+    assert words["fp32, CIFAR shapes: geometric mean at least 2.5× the best peer"] == "met (1 of 36 cases, against sdpa)"
+    (step, *_) = full_cases("cuda", "cnn_early_attention, 64 images, float32, training", suite="models")
+    *_, model = targets.verdicts(rows_of(step, ["eager"], naive=90.0, visattn=10.0), "cuda")
+    assert (model.figure, model.in_words) == (9.0, "met (1 of 2 cases)")
+
+
+@pytest.mark.parametrize("state", [rows.WRONG, rows.CANNOT_RUN])
+def test_a_target_is_not_met_where_one_of_its_cases_fails(state):
+    right, wrong = full_cases("cuda", "attention 64×64×32×32 float32 forward", "attention 64×64×32×32 tf32 forward")
+    failed = [replace(row, state=state, p50=None) for row in rows_of(wrong, ["eager"], visattn=10.0)]
+    first, *_ = targets.verdicts([*rows_of(right, ["eager"], naive=90.0, visattn=10.0), *failed], "cuda")
+    assert (first.figure, first.in_words) == (9.0, "not met: visattn wrong or not able to run in 1 of 2 cases")
+    eight, *_ = full_cases("cuda", "attention 64×128×8×8 float32 forward")
+    failed = [replace(row, state=state, p50=None) for row in rows_of(eight, ["eager"], visattn=10.0)]
+    assert targets.verdicts(failed, "cuda")[6].in_words == "not met: visattn wrong or not able to run in 1 of 4 cases"
+
+
+def test_the_share_of_a_floor_is_that_of_a_replay_where_there_is_one():
+    """In single calls a kernel that is shorter than its launch would be judged by the host."""
+    case, *_ = full_cases("cuda", "attention 64×64×32×32 bfloat16 forward")
+    (eager,) = (replace(row, share=0.3) for row in rows_of(case, ["eager"], visattn=30.0))
+    (graph,) = (replace(row, share=0.6) for row in rows_of(case, ["graph"], visattn=15.0))
+    of_floor = "64 and 128 channels, from 1024 pixels, bf16: forward at least 0.55 of the floor"
+    told = [next(v for v in targets.verdicts(kept, "cuda") if v.target == of_floor) for kept in ([eager], [eager, graph])]
+    assert [(v.figure, v.in_words) for v in told] == [
+        (0.3, "not met (1 of 7 cases, from eager rows)"), (0.6, "met (1 of 7 cases, from graph rows)"),
+    ]  # fmt: skip
+    tables = [report.layer_table(summary.lines(kept, "cifar")) for kept in ([eager], [eager, graph])]
+    assert ["| 30 % |" in tables[0], "| 60 %, replayed |" in tables[1]] == [True, True]
 
 
 def test_only_full_rows_of_a_commit_are_filed(tmp_path, monkeypatch):
@@ -445,6 +490,18 @@ def test_the_speed_section_says_what_is_missing():
     assert "| (3, 16, 5, 4) float32 | – | 2.00× (2.00×) |" in text
     assert "Not measured: **anything on a GPU**" in text
     assert "suite large on an-abacus; suite models on an-abacus" in text
+
+
+def test_the_speed_section_tells_failed_from_not_measured():
+    def cell(*measured):
+        text = speed.section({"an-abacus": list(measured)})
+        return next(line for line in text.splitlines() if line.startswith("| (3, 16, 5, 4)")).split(" | ")[-1].strip(" |")
+
+    assert cell(a_row("naive", 20.0), a_row(state=rows.WRONG, p50=None)) == "**wrong**"
+    assert cell(a_row("naive", 20.0), a_row(state=rows.CANNOT_RUN, p50=None)) == "**cannot run**"
+    assert cell(a_row("naive", 20.0)) == "–"
+    assert cell(a_row()) == "naive not measured"
+    assert cell(a_row("naive", state=rows.CANNOT_RUN, p50=None), a_row(p50=10.0), a_row("sdpa", 20.0)) == "naive cannot run (2.00×)"
 
 
 def test_lengths_are_drawn_where_there_are_several(tmp_path):
