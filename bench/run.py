@@ -1,6 +1,7 @@
 """`python -m bench run`: measures suites and keeps every row at once, so that a run that was stopped goes on where it was."""
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from .floors import measure_ceilings
 from .providers import PROVIDERS
 from .rows import HOST_FILE, Row
 
-DEAD = 3
-"""The exit status after which the same command goes on where it was: the device is dead for this process, and why is in a row."""
+DEAD = os.EX_TEMPFAIL
+"""75, the exit status after which the same command goes on where it was: the device is dead for this process, and why is in a row."""
 
 SECONDS = {"cpu": {"full": 3.0, "quick": 0.8, "toy": 0.0}, "cuda": {"full": 0.12, "quick": 0.05, "toy": 0.0}}
 """Of each timing."""
