@@ -28,10 +28,10 @@ def run(options: argparse.Namespace) -> int:
     text = []
     training = [case for case in cases.layer_cases("cifar", device.type, options.size) if case.mode == "training"]
     for case in cases.named(training, options.case):
-        problem = problems.make_problem(case, device)
-        built = PROVIDERS["visattn"](problem, layers.no_choice)
-        (call,) = layers.calls(built, problem)
         with float32_precision(case.tf32):
+            problem = problems.make_problem(case, device)
+            built = PROVIDERS["visattn"](problem, layers.no_choice)
+            (call,) = layers.calls(built, problem)
             timing.estimate(call, device)  # compiles
             with profile(activities=activities) as profiler:
                 for _ in range(STEPS):

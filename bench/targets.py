@@ -1,6 +1,7 @@
 """The project's targets, and which of them the rows say are met. No numbers but those of the rows."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ class Verdict:
     """A target, the figure beside it, and whether it is met; a figure of None was not measured.
 
     counted, of: how many cases the figure is of, and the target. failed: in how many visattn was wrong, or could not run. by: which
-    peers were timed, or from which rows a share of the floor is.
+    peers were timed, or from which rows a share of the floor is, and in how many cases where not in all.
     """
 
     target: str
@@ -66,7 +67,8 @@ class Target:
         figures = [(figure, names) for figure, names in map(self.figure, timed) if figure is not None]
         failed = {row.case for row in rows if row.provider == "visattn" and row.state != TIMED and row.case in cases
                   and row.execution in (*MAIN_EXECUTION, *self.executions)} - {line.case for line in timed}  # fmt: skip
-        named = ", ".join(sorted({name for _, names in figures for name in names}))
+        counts = Counter(name for _, names in figures for name in names)
+        named = ", ".join(name + f" in {count}" * (count < len(figures)) for name, count in counts.items())
         figure = self.over([figure for figure, _ in figures])
         return Verdict(self.text, figure, self.least, len(figures), len(cases), len(failed), self.by.format(named))
 

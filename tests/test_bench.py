@@ -401,6 +401,10 @@ def test_a_target_says_how_many_of_its_cases_were_measured_and_against_whom():
     assert words["(64, 64, 32, 32), fp32 with the same switch, forward: at least 8× naive"] == "met (1 of 2 cases)"
     assert words["bf16 and fp16, CIFAR shapes: each at least 1.2× the best peer"] == "met (1 of 36 cases, against sdpa)"
     assert words["fp32, CIFAR shapes: geometric mean at least 2.5× the best peer"] == "met (1 of 36 cases, against sdpa)"
+    other, *_ = full_cases("cuda", "attention 64×64×32×32 float16 forward")
+    measured += rows_of(other, ["eager"], flex=11.0, sdpa=30.0, visattn=10.0)
+    words = {verdict.target: verdict.in_words for verdict in targets.verdicts(measured, "cuda")}
+    assert words["bf16 and fp16, CIFAR shapes: each at least 1.2× the best peer"] == "not met (2 of 36 cases, against sdpa, flex in 1)"
     (step, *_) = full_cases("cuda", "cnn_early_attention, 64 images, float32, training", suite="models")
     *_, model = targets.verdicts(rows_of(step, ["eager"], naive=90.0, visattn=10.0), "cuda")
     assert (model.figure, model.in_words) == (9.0, "met (1 of 2 cases)")
