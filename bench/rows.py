@@ -23,7 +23,8 @@ class Row:
     case: what was computed, as a sentence. execution: "pairs" (CPU, in turn with naive), "eager" (GPU, L2 flushed), "back to back"
     (GPU, no flush, the host's time included) or "graph" (replay of a CUDA graph). state: "timed"; "wrong", then it was not timed,
     and reason says how wrong; or "cannot run", and reason says why. Times in microseconds, ratios are naive's time over ours pair
-    by pair, memory in bytes beyond what was held before. share: of the floor, 1 at the floor.
+    by pair, memory in bytes beyond what was held before. share: of the floor, 1 at the floor. clock and power of a GPU are asked once
+    for all executions, after the first.
     """
 
     suite: str
