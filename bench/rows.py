@@ -69,6 +69,7 @@ class Rows:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = read(path) if path.exists() else []
+        self._lines = {row.key: _line(row) for row in self.rows}  # each made once: a file has a thousand
 
     def has(self, suite: str, case: str, provider: str, executions: Iterable[str]) -> bool:
         """Whether the provider has been measured on the case: timed in each of these executions, or found wrong or unable."""
@@ -79,8 +80,13 @@ class Rows:
         """Rows with the same key replace older ones."""
         keys = {row.key for row in rows}
         self.rows = [row for row in self.rows if row.key not in keys] + list(rows)
+        self._lines = {key: line for key, line in self._lines.items() if key not in keys} | {row.key: _line(row) for row in rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(self.path, "".join(json.dumps(asdict(row)) + "\n" for row in self.rows))
+        files.write(self.path, "".join(self._lines.values()))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row)) + "\n"
 
 
 def read(path: Path) -> list[Row]:

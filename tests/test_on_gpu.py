@@ -1,11 +1,15 @@
-"""bench/on_gpu.sh with a Python that only notes what it is asked for, and ends as it is told."""
+"""bench/on_gpu.sh with a Python that only notes what it is asked for, and ends as it is told; and the worker of a dead device."""
 
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from . import conftest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "on_gpu.sh"
 PYTHON = """#!/usr/bin/env bash
@@ -99,3 +103,18 @@ def test_without_time_it_says_what_is_missing(on_gpu):
     result, calls = on_gpu("out", minutes="0")
     assert (result.returncode, calls) == (1, [])
     assert "cifar: no time left, run again" in result.stdout
+
+
+@pytest.mark.parametrize(("failed", "dead", "ended"), [(True, True, [1]), (True, False, []), (False, True, [])])
+def test_a_worker_whose_device_is_dead_ends_after_its_failure(failed, dead, ended, monkeypatch):
+    def synchronize():
+        if dead:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    exits = []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(conftest, "HAS_GPU", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    conftest.pytest_runtest_logreport(SimpleNamespace(failed=failed))
+    assert exits == ended
