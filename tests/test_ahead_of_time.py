@@ -281,8 +281,12 @@ def test_every_configuration(name, precision, channels):
 
 
 QUERY, KEY_VALUE = "split_query_gradient_kernel spills ", "split_key_value_gradient_kernel spills "
+MOMENTS = "token_moments_kernel spills "
 KNOWN_OF_SPLITS = {
     ("sm_90", "fp32 highest", 48, True): "split_attention_forward_kernel spills 8 (255 registers)",
+    ("sm_80", "fp16", 96, True): MOMENTS + "8 (255 registers)",
+    ("sm_80", "bf16", 96, True): MOMENTS + "24 (255 registers)",
+    ("sm_80", "fp32 high", 96, True): MOMENTS + "32 (255 registers)",
     ("sm_86", "fp32 high", 256, True): KEY_VALUE + "8 (128 registers)",
     ("sm_89", "fp32 high", 256, True): KEY_VALUE + "8 (128 registers)",
     ("sm_120", "fp16", 256, False): QUERY + "16 (128 registers)",
