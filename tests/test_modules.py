@@ -52,8 +52,27 @@ def pruned(convolution):
     prune.l1_unstructured(convolution, "weight", 0.5)
 
 
+def pruned_bias(convolution):
+    prune.l1_unstructured(convolution, "bias", 0.5)
+
+
+def pruned_both(convolution):
+    pruned(convolution)
+    pruned_bias(convolution)
+
+
+def equalised(convolution):
+    """As StyleGAN's followers have it: the weight is made by a hook of their own."""
+    convolution.register_parameter("weight_orig", nn.Parameter(convolution.weight.data))
+    del convolution._parameters["weight"]
+    convolution.register_forward_pre_hook(lambda layer, inputs: setattr(layer, "weight", layer.weight_orig * 0.5))
+
+
+MAKERS = [parametrizations.spectral_norm, parametrizations.weight_norm, spectral_norm, weight_norm]
+
+
 @pytest.mark.parametrize("make", [visattn.Attention, visattn.SelfAttention2d])
-@pytest.mark.parametrize("change", [parametrizations.spectral_norm, parametrizations.weight_norm, spectral_norm, weight_norm, pruned])
+@pytest.mark.parametrize("change", [*MAKERS, pruned, pruned_bias, pruned_both, equalised])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weights_that_something_else_makes(change, make):
     """They are no parameters of the convolution then, and the layer takes and trains what the convolution itself would, step by step."""
@@ -76,6 +95,20 @@ def test_weights_that_something_else_makes(change, make):
     torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=0, atol=1e-12)
 
 
+def test_weights_that_a_hook_changes():
+    """As WGAN clamps them, here by a hook that takes keywords as well."""
+
+    def clamp(layer, inputs, named):
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+    layer, x = visattn.Attention(12), torch.randn(2, 12, 5, 6)
+    expected = copy.deepcopy(layer)
+    expected.conv_key.weight.data.clamp_(-0.1, 0.1)
+    layer.conv_key.register_forward_pre_hook(clamp, with_kwargs=True)
+    assert torch.equal(layer(x), expected(x))
+    assert torch.equal(layer.conv_key.weight, expected.conv_key.weight)
+
+
 def test_functional_call_leaves_the_weights_of_the_layer():
     layer, x = visattn.Attention(12), torch.randn(2, 12, 5, 6)
     torch.func.functional_call(layer, {"conv_query.weight": torch.zeros(12, 12, 1, 1)}, (x,))
@@ -93,6 +126,23 @@ class Adapted(nn.Module):
         return self.base(x) + x
 
 
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def replaced(method):
+    convolution = nn.Conv2d(4, 4, 1)
+    setattr(convolution, method, lambda x, *further: 0 * x)
+    return convolution
+
+
+def hooked(hook):
+    convolution = nn.Conv2d(4, 4, 1)
+    convolution.register_forward_pre_hook(hook)
+    return convolution
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
@@ -100,8 +150,14 @@ class Adapted(nn.Module):
         (lambda: nn.Conv2d(4, 4, 1, padding=1), "conv_key is not a 1×1 convolution but Conv2d.*padding"),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 1)), "conv_key is a Sequential, which computes in a way of its own"),
         (lambda: Adapted(nn.Conv2d(4, 4, 1)), "conv_key is a Adapted, which computes in a way of its own"),
+        (lambda: Standardised(4, 4, 1), "conv_key is a Standardised, which computes in a way of its own"),
+        (lambda: replaced("forward"), "conv_key.forward has been replaced"),
+        (lambda: replaced("_conv_forward"), "conv_key._conv_forward has been replaced"),
+        (lambda: hooked(lambda layer, inputs: (2 * inputs[0],)), "pre-hook .*lambda.* of conv_key failed without an input .IndexError"),
+        (lambda: hooked(lambda layer, inputs: tuple(2 * x for x in inputs)), "pre-hook .*lambda.* of conv_key returns another input"),
+        (lambda: None, "conv_key is missing: a 1×1 convolution is expected"),
     ],
-    ids=["stride", "padding", "stack", "adapter"],
+    ids=["stride", "padding", "stack", "adapter", "method", "forward", "_conv_forward", "hook", "another input", "none"],
 )
 def test_what_is_no_pointwise_convolution_is_refused(other, said):
     """Its weight alone would be taken, and the rest of it forgotten."""
@@ -111,6 +167,21 @@ def test_what_is_no_pointwise_convolution_is_refused(other, said):
         layer(x)
     with pytest.raises(RuntimeError, match=said):
         visattn.attention_rows(layer, x, torch.tensor([[0, 0]]))
+
+
+def test_a_convolution_that_was_deleted_is_named():
+    layer = visattn.Attention(4)
+    del layer.conv_value
+    with pytest.raises(RuntimeError, match="conv_value is missing: a 1×1 convolution is expected"):
+        layer(torch.randn(1, 4, 3, 3))
+
+
+def test_forward_hooks_never_run():
+    """Summaries and counters of operations register them on every module there is."""
+    layer, x = visattn.Attention(4), torch.randn(1, 4, 3, 3)
+    expected = layer(x)
+    layer.conv_value.register_forward_hook(lambda layer, inputs, out: 0 * out)
+    assert torch.equal(layer(x), expected)
 
 
 def test_factory_arguments():

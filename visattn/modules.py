@@ -30,7 +30,8 @@ class QueriesAndKeys(NamedTuple):
 class AttentionLayer(nn.Module):
     """A layer that `explain` and `attention_rows` can be asked about.
 
-    Its convolutions hold weights and are not called: spectral norm, weight norm and pruning work as ever, forward hooks never run.
+    Its convolutions hold weights and are not called. Spectral norm, weight norm, pruning and other forward pre-hooks that make or change
+    weights work as ever; one that asks for the convolution's input raises, since there is none, and forward hooks never run.
     """
 
     conv_query: Any
@@ -44,21 +45,26 @@ class AttentionLayer(nn.Module):
         """Weights of queries, keys and values, and their biases, as the next forward pass uses them.
 
         Raises:
-            projections.Unsuitable: something that is no 1×1 convolution stands in the place of one.
+            projections.Unsuitable: nothing, or something that is no 1×1 convolution, stands in the place of one.
         """
-        modules: dict[str, Any] = self._modules  # where nn.Module's own look-up arrives as well, microseconds later
-        w_q, b_q = _weight_and_bias(modules["conv_query"], "conv_query")
-        w_k, b_k = _weight_and_bias(modules["conv_key"], "conv_key")
-        w_v, b_v = _weight_and_bias(modules["conv_value"], "conv_value")
+        find = self._modules.get  # where nn.Module's own look-up arrives as well, microseconds later
+        w_q, b_q = _weight_and_bias(find("conv_query"), "conv_query")
+        w_k, b_k = _weight_and_bias(find("conv_key"), "conv_key")
+        w_v, b_v = _weight_and_bias(find("conv_value"), "conv_value")
         return w_q, w_k, w_v, b_q, b_k, b_v
 
 
 def _weight_and_bias(convolution: Any, name: str) -> tuple[Any, Any]:
-    """Looked up where parameters are, unless something else makes them: there is no parameter `weight` then, or the class is another."""
-    plain = convolution.__class__ is nn.Conv2d and convolution.stride == (1, 1) and convolution.padding == (0, 0)
-    own = convolution._parameters
-    if plain and "weight" in own:
-        return own["weight"], own["bias"]
+    """Looked up where parameters are, unless something else makes them or computes with them: a hook, a method or a class of its own."""
+    if type(convolution) is nn.Conv2d:
+        held = convolution.__dict__  # where nn.Module's own look-up arrives as well, and this is done several times in every call
+        pointwise = held["stride"] == (1, 1) and held["padding"] == (0, 0)
+        if pointwise and not held["_forward_pre_hooks"] and "forward" not in held and "_conv_forward" not in held:
+            own = held["_parameters"]
+            try:
+                return own["weight"], own["bias"]
+            except KeyError:  # in a replica they are plain attributes
+                pass
     projections.check_pointwise(convolution, name)
     return projections.read(convolution, name)
 

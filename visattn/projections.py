@@ -12,6 +12,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 PLAIN_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Linear.forward)
 """Of layers that are their weight and their bias; parametrised layers inherit theirs."""
 
+PLAIN_CONVOLUTIONS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
+"""What the first two call."""
+
 MAKERS_OF_WEIGHTS = (SpectralNorm, WeightNorm, BasePruningMethod)
 """Hooks that set the weight before a forward pass and ask for nothing but the layer."""
 
@@ -37,17 +40,28 @@ def unwrapped(layer: Any) -> Any:
     return layer.module if _is_wrapper(layer) else layer
 
 
+def kind_of(module: Any) -> str:
+    """The name of its class, with that of its Python module where PyTorch has another class of this name."""
+    kind = type(module)
+    return kind.__name__ if getattr(nn, kind.__name__, kind) is kind else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def check_projection(layer: nn.Module, name: str) -> None:
     """Raises Unsuitable unless the layer is a convolution or a linear map."""
+    for method in ("forward", "_conv_forward"):
+        if method in layer.__dict__:
+            raise Unsuitable(f"{name}.{method} has been replaced, and would not be called here; delete that attribute of {name}")
     if _is_plain(layer) or _makes_its_weight(layer) or _is_transposed(layer):
         return
     if not _is_wrapper(layer):
-        raise Unsuitable(f"{name} is a {type(layer).__name__}, which computes in a way of its own")
+        raise Unsuitable(f"{name} is a {kind_of(layer)}, which computes in a way of its own")
     check_projection(unwrapped(layer), name)
 
 
-def check_pointwise(layer: nn.Module, name: str) -> None:
-    """Raises Unsuitable if the layer is a convolution of anything but single pixels, all channels together."""
+def check_pointwise(layer: nn.Module | None, name: str) -> None:
+    """Raises Unsuitable if there is no layer, or a convolution of anything but single pixels, all channels together."""
+    if layer is None:
+        raise Unsuitable(f"{name} is missing: a 1×1 convolution is expected in its place, got None; assign one")
     layer = unwrapped(layer)
     if not isinstance(layer, nn.Conv1d | nn.Conv2d):
         weight = getattr(layer, "weight", None)
@@ -62,12 +76,15 @@ def check_pointwise(layer: nn.Module, name: str) -> None:
 def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight (O, C) or (O, C, 1, 1) and bias (O) or None, as the layer's next forward pass would use them.
 
-    Spectral norm makes its step of power iteration here, as it would there.
+    Hooks before the forward pass run here, as they would there, but without an input, which nobody makes; spectral norm makes its step
+    of power iteration.
+
+    Raises:
+        Unsuitable: it is no projection, or has a hook that asks for the input.
     """
     check_projection(layer, name)
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, MAKERS_OF_WEIGHTS):
-            hook(layer, ())
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        _run(hook, layer, name, ((), {}) if key in layer._forward_pre_hooks_with_kwargs else ((),))
     if _is_plain(layer):
         weight = layer.weight
         return weight.flatten(1) if weight.ndim == 3 else weight, layer.bias
@@ -77,11 +94,24 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     return (layer.W.mT, layer.b) if _is_transposed(layer) else (layer.W_(), layer.bias)
 
 
+def _run(hook: Any, layer: nn.Module, name: str, no_inputs: tuple) -> None:
+    """The hook, which may change the layer and nothing else."""
+    called = f"the forward pre-hook {getattr(hook, '__qualname__', kind_of(hook))} of {name}"
+    advice = f"which is never made here: {name} is read and not called; remove the hook, or register it on the module around {name}"
+    try:
+        inputs = hook(layer, *no_inputs)
+    except Exception as error:
+        raise Unsuitable(f"{called} failed without an input ({type(error).__name__}: {error}), {advice}") from error
+    if inputs is not None:
+        raise Unsuitable(f"{called} returns another input, {advice}")
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether it is its weight and its bias: a layer of PyTorch's, or EDM's convolution where it does not resample."""
-    if type(layer).forward in PLAIN_FORWARDS:
-        return True
-    return set(layer._parameters) == {"weight", "bias"} and [layer.__dict__.get(name) for name in ("up", "down")] == [False, False]
+    kind = type(layer)
+    if kind.forward in PLAIN_FORWARDS:
+        return getattr(kind, "_conv_forward", PLAIN_CONVOLUTIONS[0]) in PLAIN_CONVOLUTIONS
+    return [layer.__dict__.get(name) for name in ("up", "down")] == [False, False] and _has_only(layer, {"weight", "bias"})
 
 
 def _makes_its_weight(layer: nn.Module) -> bool:
@@ -96,4 +126,10 @@ def _is_wrapper(layer: nn.Module) -> bool:
 
 def _is_transposed(layer: nn.Module) -> bool:
     """Whether it is a projection whose parameters are W (C, O) and b."""
-    return set(layer._parameters) == {"W", "b"} and not layer._modules
+    return _has_only(layer, {"W", "b"}) and layer.W.ndim == 2 and not layer._modules
+
+
+def _has_only(layer: nn.Module, names: set[str]) -> bool:
+    """Whether these are its parameters; in a replica, and where they are parts of something larger, they are plain attributes."""
+    plain = {name for name, value in layer.__dict__.items() if isinstance(value, Tensor)}
+    return plain | layer._parameters.keys() == names
