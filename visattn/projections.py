@@ -132,4 +132,4 @@ def _is_transposed(layer: nn.Module) -> bool:
 def _has_only(layer: nn.Module, names: set[str]) -> bool:
     """Whether these are its parameters; in a replica, and where they are parts of something larger, they are plain attributes."""
     plain = {name for name, value in layer.__dict__.items() if isinstance(value, Tensor)}
-    return plain | layer._parameters.keys() == names
+    return (plain | set(layer._parameters)) == names

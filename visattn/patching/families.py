@@ -8,11 +8,12 @@ and values) is listed as choices; `probing.py` finds out which one a block makes
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..projections import Unsuitable, check_pointwise, check_projection, unwrapped
+from ..projections import Unsuitable, check_pointwise, check_projection, kind_of, unwrapped
 from .parts import check_unobserved, parts_of
 
 QKV_ORDERS = ("3hd", "h3d", "hd3")
@@ -143,16 +144,18 @@ def recipes_of(block: nn.Module, family: Family) -> list[Recipe]:
         check_pointwise(part.layer, name)
     for name in family.projections:
         if parts[name].afterwards:
-            raise Unsuitable(f"{name} holds a {type(parts[name].afterwards[0]).__name__}")
+            raise Unsuitable(f"{name} holds a {kind_of(parts[name].afterwards[0])}")
     if not family.ahead:
         _check_nothing_else(block, family)
     check_unobserved(block, called_of(block, family, parts[family.out].afterwards if family.out else ()))
     pools = [parts[name].pool for name in family.projections]
     if pools[0] != 1 or len(set(pools[1:])) > 1:
         raise Unsuitable(f"queries, keys and values are pooled by {pools}, where only keys and values alike may be")
-    num_heads = next((getattr(block, name) for name in family.heads if hasattr(block, name)), 1)
+    if family.norm:
+        _check_norm(block.get_submodule(family.norm), family.norm)
     channels, queries = _widths(unwrapped(parts[family.projections[0]].layer))
-    per_head = queries // (3 * num_heads) if family.packed else queries // num_heads
+    num_heads = _num_heads(block, family, queries)
+    per_head = queries // (3 * num_heads if family.packed else num_heads)
     scales = {"one": 1.0, "head": per_head**-0.5, "input": channels**-0.5}
     choices = product(
         family.normalize, family.residuals, family.res_scales, family.pools, family.orders, family.exchanged,
@@ -179,6 +182,36 @@ def _widths(layer: Any) -> tuple[int, int]:
     if hasattr(layer, "in_channels"):
         return layer.in_channels, layer.out_channels
     return (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else tuple(layer.W.shape)
+
+
+def number_of(block: nn.Module, name: str, kind: type = Integral) -> Any:
+    """An attribute that is a number.
+
+    Raises:
+        Unsuitable: there is none, or it is something else.
+    """
+    value = getattr(block, name, None)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise Unsuitable(f"its {name} is {value!r}, where a number is expected")
+    return value
+
+
+def _num_heads(block: nn.Module, family: Family, queries: int) -> int:
+    name = next((name for name in family.heads if hasattr(block, name)), None)
+    if name is None:
+        return 1
+    num_heads = int(number_of(block, name))
+    if num_heads < 1 or queries % (3 * num_heads if family.packed else num_heads):
+        raise Unsuitable(f"its {name} is {num_heads}, into which the {queries} channels of {family.projections[0]} cannot be split")
+    return num_heads
+
+
+def _check_norm(norm: nn.Module, name: str) -> None:
+    """Raises Unsuitable unless it has what a group norm computes with; whether it computes that, a probe finds out."""
+    tensors = [getattr(norm, parameter, norm) for parameter in ("weight", "bias")]
+    is_group_norm = isinstance(getattr(norm, "num_groups", None), int) and isinstance(getattr(norm, "eps", None), float)
+    if not is_group_norm or not all(tensor is None or isinstance(tensor, Tensor) for tensor in tensors):
+        raise Unsuitable(f"its {name} is a {kind_of(norm)}, where a GroupNorm is expected")
 
 
 def _check_nothing_else(block: nn.Module, family: Family) -> None:

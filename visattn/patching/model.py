@@ -1,6 +1,7 @@
 """Patching a whole model: find the blocks, ask each how it computes, replace what can be replaced, report the rest."""
 
 from dataclasses import dataclass, field
+from numbers import Real
 from types import TracebackType
 from typing import Any
 
@@ -9,9 +10,9 @@ from torch import nn
 
 from .. import validation
 from ..modules import AttentionLayer
-from ..projections import Unsuitable
+from ..projections import Unsuitable, kind_of
 from . import diffusers
-from .families import DIFFUSERS, EDM, Family, Recipe, family_of, input_channels, recipes_of
+from .families import DIFFUSERS, EDM, Family, Recipe, family_of, input_channels, number_of, recipes_of
 from .probing import matching_recipe
 from .swapping import PatchedBlock, before_attention, swap, swap_back
 
@@ -146,8 +147,12 @@ def _recipe_of_block(block: nn.Module, family: Family) -> Recipe:
 
 def _recipe_of_tail(block: Any) -> Recipe:
     """For a block that takes a map and a vector, and scales the sum by an attribute of its own."""
-    recipes = [recipe._replace(res_scale=float(block.skip_scale)) for recipe in recipes_of(block, EDM)]
-    return matching_recipe(block, recipes, block.in_channels, block.affine.in_features, before_attention)
+    skip_scale, in_channels = float(number_of(block, "skip_scale", Real)), int(number_of(block, "in_channels"))
+    vector = getattr(block.affine, "in_features", None)
+    if vector is None:
+        raise Unsuitable(f"its affine is a {kind_of(block.affine)}, where a linear map is expected")
+    recipes = [recipe._replace(res_scale=skip_scale) for recipe in recipes_of(block, EDM)]
+    return matching_recipe(block, recipes, in_channels, vector, before_attention)
 
 
 def _replace(module: nn.Module, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..projections import MAKERS_OF_WEIGHTS, Unsuitable
+from ..projections import MAKERS_OF_WEIGHTS, Unsuitable, kind_of
 
 AFTERWARDS = (nn.modules.batchnorm._BatchNorm, nn.Dropout, nn.Dropout2d)
 
@@ -37,7 +37,7 @@ def parts_of(module: nn.Module, name: str) -> Parts:
         elif isinstance(child, AFTERWARDS):
             afterwards.append(child)
         elif not isinstance(child, nn.Identity):
-            raise Unsuitable(f"{name} holds a {type(child).__name__}")
+            raise Unsuitable(f"{name} holds a {kind_of(child)}")
     return Parts(layer, pool, tuple(afterwards))
 
 
