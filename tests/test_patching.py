@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import visattn
 from visattn import use_backend
@@ -253,6 +253,31 @@ def test_further_arguments_are_refused_unless_they_ask_for_nothing():
         block(make_map(), return_matrix=True)
 
 
+class NamedInput(Sagan):
+    def forward(self, input):
+        return super().forward(input)
+
+
+def test_the_map_goes_by_the_name_that_it_had():
+    block, x = NamedInput(C).double(), make_map()
+    expected = block(input=x)
+    patched(block)
+    for other in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        torch.testing.assert_close(other(input=x), expected)
+        torch.testing.assert_close(other(x), expected)
+        with pytest.raises(TypeError, match=r"takes a map alone, got 0 positional arguments and \['y'\]"):
+            other(y=x)
+        with pytest.raises(TypeError, match=r"takes a map alone, got 1 positional arguments and \['input'\]"):
+            other(x, input=x)
+
+
+def test_a_larger_block_takes_its_inputs_by_their_names():
+    block, x, emb = Edm(C).double().eval(), make_map(2, C // 2, 5, 4), make_map(2, 5)
+    expected = block(x, emb)
+    patched(block)
+    torch.testing.assert_close(block(emb=emb, x=x), expected)
+
+
 def memory_of(module: nn.Module) -> list:
     """Everything a module and its sub-modules hold, with the tensors' contents."""
     return [
@@ -328,13 +353,31 @@ def test_copies_and_pickles_are_patched_too(name):
         assert not torch.allclose(other(x), expected)
 
 
-def test_replicas_read_their_own_parameters():
+def replica_of(model: nn.Module) -> nn.Module:
+    """As `torch.nn.parallel.replicate` makes them: parameters and buffers are plain attributes of copies of the modules."""
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for held, of_replica in ((module._parameters, replica._parameters), (module._buffers, replica._buffers)):
+            of_replica.update({name: None for name, tensor in held.items() if tensor is None})
+            replica.__dict__.update({name: tensor.clone() for name, tensor in held.items() if tensor is not None})
+    return replicas[model]
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "EDM"])
+def test_replicas_read_their_own_parameters(name):
     """`nn.DataParallel` copies attributes and keeps classes: a forward attribute would read the first device's parameters."""
-    block, x = make("DANet"), make_map()
+    block, inputs = (make(name), (make_map(),)) if name != "EDM" else (Edm(C).double(), (make_map(2, C // 2, 5, 4), make_map(2, 5)))
+    block.eval()
+    original = copy.deepcopy(block)
     patched(block)
-    replica = block._replicate_for_data_parallel()
-    replica.gamma = torch.zeros(1, dtype=torch.float64)
-    torch.testing.assert_close(replica(x), x)
+    replica, expected = replica_of(block), replica_of(original)
+    torch.testing.assert_close(replica(*inputs), expected(*inputs))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(replica(*inputs), expected(*inputs))
 
 
 def test_state_dicts_go_in_and_out():
@@ -431,6 +474,16 @@ def test_weights_that_are_made_in_every_pass(normalise):
     patched(block)
     for _ in range(2):
         assert_same(results(block, x), results(original, x))
+
+
+def test_pruned_norms():
+    block, original = make("VQGAN"), make("VQGAN")
+    for module in (block, original):
+        prune.l1_unstructured(module.norm, "weight", 0.5)
+    patched(block)
+    for module in (block, original):
+        module.norm.weight_orig.data.mul_(2.0)  # as a step of an optimiser would
+    assert_same(results(block, make_map()), results(original, make_map()))
 
 
 class Discriminator(nn.Module):

@@ -73,18 +73,38 @@ def check_pointwise(layer: nn.Module | None, name: str) -> None:
         raise Unsuitable(f"{name} is not a 1×1 convolution but {layer}")
 
 
+def run_pre_hooks(layer: nn.Module, name: str) -> None:
+    """Runs what would run before the layer's forward pass, such as what makes its weight, without an input, which nobody makes.
+
+    Raises:
+        Unsuitable: a hook asks for the input, or returns one.
+    """
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        try:
+            inputs = hook(layer, (), {}) if key in layer._forward_pre_hooks_with_kwargs else hook(layer, ())
+        except (IndexError, TypeError, ValueError) as error:  # as what looks for an input among none
+            raise _refused(hook, name, f"failed ({type(error).__name__}: {error})") from error
+        if inputs is not None:
+            raise _refused(hook, name, "returns an input")
+
+
+def _refused(hook: Any, name: str, what: str) -> Unsuitable:
+    return Unsuitable(
+        f"the forward pre-hook {getattr(hook, '__qualname__', kind_of(hook))} of {name} {what}: {name} is read and not called, there is "
+        f"no input; remove the hook, or register it on the module around {name}"
+    )
+
+
 def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight (O, C) or (O, C, 1, 1) and bias (O) or None, as the layer's next forward pass would use them.
 
-    Hooks before the forward pass run here, as they would there, but without an input, which nobody makes; spectral norm makes its step
-    of power iteration.
+    Spectral norm makes its step of power iteration here, as it would there.
 
     Raises:
         Unsuitable: it is no projection, or has a hook that asks for the input.
     """
     check_projection(layer, name)
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        _run(hook, layer, name, ((), {}) if key in layer._forward_pre_hooks_with_kwargs else ((),))
+    run_pre_hooks(layer, name)
     if _is_plain(layer):
         weight = layer.weight
         return weight.flatten(1) if weight.ndim == 3 else weight, layer.bias
@@ -92,18 +112,6 @@ def read(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
         layer._update_u_v()
         return read(layer.module, name)
     return (layer.W.mT, layer.b) if _is_transposed(layer) else (layer.W_(), layer.bias)
-
-
-def _run(hook: Any, layer: nn.Module, name: str, no_inputs: tuple) -> None:
-    """The hook, which may change the layer and nothing else."""
-    called = f"the forward pre-hook {getattr(hook, '__qualname__', kind_of(hook))} of {name}"
-    advice = f"which is never made here: {name} is read and not called; remove the hook, or register it on the module around {name}"
-    try:
-        inputs = hook(layer, *no_inputs)
-    except Exception as error:
-        raise Unsuitable(f"{called} failed without an input ({type(error).__name__}: {error}), {advice}") from error
-    if inputs is not None:
-        raise Unsuitable(f"{called} returns another input, {advice}")
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -124,7 +132,7 @@ def _is_wrapper(layer: nn.Module) -> bool:
     return hasattr(type(layer), "_update_u_v") and list(layer._modules) == ["module"]
 
 
-def _is_transposed(layer: nn.Module) -> bool:
+def _is_transposed(layer: Any) -> bool:
     """Whether it is a projection whose parameters are W (C, O) and b."""
     return _has_only(layer, {"W", "b"}) and layer.W.ndim == 2 and not layer._modules
 
@@ -132,4 +140,4 @@ def _is_transposed(layer: nn.Module) -> bool:
 def _has_only(layer: nn.Module, names: set[str]) -> bool:
     """Whether these are its parameters; in a replica, and where they are parts of something larger, they are plain attributes."""
     plain = {name for name, value in layer.__dict__.items() if isinstance(value, Tensor)}
-    return (plain | set(layer._parameters)) == names
+    return plain.union(layer._parameters) == names

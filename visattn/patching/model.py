@@ -57,7 +57,8 @@ def patch_model(model: nn.Module, *, attention_maps: str = "keep") -> PatchRepor
     Only their forward methods are replaced. Modules, parameters, state_dict, hooks, and with them optimisers, EMA copies and
     checkpoints stay what they are; deepcopy, pickle, `nn.DataParallel` and `torch.compile` work. Spectral norm, weight norm,
     parametrisations and batch norm behind the output projection stay live. Blocks are known by their parameters, and by what
-    they compute: each is run on a small random map first, and left as it is unless the result is the same.
+    they compute: each is run forward and back on small random maps first, and left as it is unless the results are the same. A model is
+    left as it was by that, to the bit, attributes that a forward pass fills included.
 
     A patched block takes a map alone; a mask, or a request for the attention matrix, raises TypeError. `visattn.explain` and
     `visattn.attention_rows` can be asked about it.

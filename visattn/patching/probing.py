@@ -154,7 +154,7 @@ def _left_as_it_was(block: nn.Module) -> Iterator[None]:
 
 def _attributes(block: nn.Module) -> dict[str, list[Any]]:
     """What every attribute of the block and its sub-modules holds, by name: itself, and what it contains."""
-    held = {}
+    held: dict[str, list[Any]] = {}
     for prefix, module in block.named_modules():
         named = module.__dict__ | module._parameters | module._buffers
         del named["_parameters"], named["_buffers"]

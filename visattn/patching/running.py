@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..modules import QueriesAndKeys
-from ..projections import read, without_steps
+from ..projections import read, run_pre_hooks, without_steps
 from .families import BY_NAME, Family, Recipe, called_of
 from .parts import check_unobserved, parts_of
 
@@ -106,5 +106,6 @@ def _norm(block: nn.Module, family: Family, dtype: torch.dtype) -> functional.Gr
     if not family.norm:
         return None
     norm = _sub_module(block, family.norm)
+    run_pre_hooks(norm, family.norm)
     weight, bias = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
     return functional.GroupNorm(norm.num_groups, weight, bias, norm.eps)

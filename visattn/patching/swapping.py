@@ -6,6 +6,7 @@ the original when `nn.DataParallel` replicates it; a class does not, and copies,
 
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,20 +22,21 @@ class PatchedBlock(AttentionLayer):
     """What a block of another class becomes, by a subclass of both: its own modules, parameters and hooks, this forward pass."""
 
     _visattn_original: type[nn.Module]
+    _visattn_argument: str
     _visattn_recipe: Recipe
 
-    def forward(self, x: Tensor, *further: Any, **named: Any) -> Any:
-        """(N, C, H, W) to what the block returned before, None in the place of an attention matrix.
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """(N, C, H, W), which may go by the name that it had, to what the block returned before, None in the place of an attention matrix.
 
         Raises:
             TypeError: it was given anything else, such as a mask or a request for the attention matrix.
         """
-        for argument in (*further, *named.values()):
-            if argument is not None and argument is not False:
-                raise TypeError(
-                    f"{type(self).__name__} runs on visattn and takes a map alone, got {1 + len(further)} positional arguments and "
-                    f"{sorted(named)}; call visattn.unpatch_model first"
-                )
+        x, *further = inputs or (named.pop(self._visattn_argument, None),)
+        if x is None or any(argument is not None and argument is not False for argument in (*further, *named.values())):
+            raise TypeError(
+                f"{type(self).__name__} runs on visattn and takes a map alone, got {len(inputs)} positional arguments and "
+                f"{sorted(named)}; call visattn.unpatch_model first"
+            )
         out = run(self, self._visattn_recipe, x)
         return (out, None) if self._visattn_recipe.returns_pair else out
 
@@ -57,9 +59,9 @@ class PatchedTail(PatchedBlock):
         """None for the original's forward method, whatever the block was told."""
         return 0
 
-    def forward(self, x: Tensor, *further: Any, **named: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the original forward method takes, to what it gives."""
-        return run(self, self._visattn_recipe, self._visattn_original.forward(self, x, *further, **named))
+        return run(self, self._visattn_recipe, self._visattn_original.forward(self, *inputs, **named))
 
 
 def swap(block: nn.Module, recipe: Recipe) -> None:
@@ -97,7 +99,15 @@ def _kind(recipe: Recipe) -> type[PatchedBlock]:
 def _patched(original: type[nn.Module], kind: type[PatchedBlock]) -> type[nn.Module]:
     """The subclass; it goes by the name of the original, which some code looks at."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return types.new_class(original.__name__, (kind, original), exec_body=lambda body: body.update(names, _visattn_original=original))
+    own = {"_visattn_original": original, "_visattn_argument": _name_of_the_map(original)}
+    return types.new_class(original.__name__, (kind, original), exec_body=lambda body: body.update(names, **own))
+
+
+def _name_of_the_map(original: type[nn.Module]) -> str:
+    """What its forward method calls its first argument, "" where that has no name."""
+    parameters = inspect.signature(original.forward).parameters.values()
+    names = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return names[1] if len(names) > 1 else ""
 
 
 def _new(recipe: Recipe, original: type[nn.Module], *arguments: Any) -> nn.Module:
