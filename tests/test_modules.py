@@ -109,6 +109,16 @@ def test_weights_that_a_hook_changes():
     assert torch.equal(layer.conv_key.weight, expected.conv_key.weight)
 
 
+def test_weights_of_a_replica():
+    """Where `nn.DataParallel` has put them: they are plain attributes."""
+    layer, x = visattn.Attention(12), torch.randn(2, 12, 5, 6)
+    expected = layer(x)
+    replica = layer.conv_key._replicate_for_data_parallel()
+    replica.weight, replica.bias = layer.conv_key.weight.clone(), layer.conv_key.bias.clone()
+    layer.conv_key = replica
+    assert torch.equal(layer(x), expected)
+
+
 def test_functional_call_leaves_the_weights_of_the_layer():
     layer, x = visattn.Attention(12), torch.randn(2, 12, 5, 6)
     torch.func.functional_call(layer, {"conv_query.weight": torch.zeros(12, 12, 1, 1)}, (x,))

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool2d, relu
 
 import visattn
 
-from .foreign_blocks import C, Edm, Fastai, Sagan, Vqgan, attend, pointwise
+from .foreign_blocks import C, CrissCross, Edm, Fastai, Sagan, Vqgan, attend, pointwise
 
 
 def make_map(*shape: int) -> torch.Tensor:
@@ -132,6 +132,23 @@ class PooledWhereLarge(Sagan):
 @pytest.mark.parametrize("make", [PositiveGain, PooledWhereLarge])
 def test_what_shows_under_other_signs_and_sizes_only(make):
     assert "something else" in reason_of(make(C))
+
+
+class SwitchedOff(Sagan):
+    def forward(self, x):
+        return x
+
+
+def without_gain(block: Sagan) -> Sagan:
+    del block.gamma
+    block.register_buffer("gamma", torch.zeros(1))
+    return block
+
+
+@pytest.mark.parametrize("make", [lambda: SwitchedOff(C), lambda: without_gain(CrissCross(C))], ids=["switched off", "no gain"])
+def test_a_block_that_does_nothing_shows_nothing(make):
+    """A factor that is no parameter is what it is, and may change later."""
+    assert "no attention shows" in reason_of(make())
 
 
 class DetachedBranch(Sagan):
