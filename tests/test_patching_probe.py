@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d, relu
+from torch.utils.checkpoint import checkpoint
 
 import visattn
 
-from .foreign_blocks import C, CrissCross, Edm, Fastai, Sagan, Vqgan, attend, pointwise
+from .foreign_blocks import C, CrissCross, Edm, Fastai, GuidedDiffusion, NonLocal, Sagan, Vqgan, attend, pointwise
 
 
 def make_map(*shape: int) -> torch.Tensor:
@@ -177,6 +178,36 @@ class WithoutGradient(Sagan):
 @pytest.mark.parametrize("make", [DetachedBranch, DetachedWeights, DetachedGain, WithoutGradient])
 def test_another_gradient_is_a_reason(make, frozen):
     assert "another gradient" in reason_of(make(C).requires_grad_(not frozen))
+
+
+class Checkpointed(GuidedDiffusion):
+    """Computes once more in the backward pass, when nobody but the block knows its parameters."""
+
+    use_reentrant = False
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
+
+
+class CheckpointedAtOnce(Checkpointed):
+    use_reentrant = True
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("make", [Checkpointed, CheckpointedAtOnce])
+def test_a_checkpoint_has_the_same_gradient(make):
+    assert visattn.patch_model(make(C)).replaced == [""]
+
+
+def test_hooks_that_look_at_gradients_see_none_of_the_probe():
+    block, seen = NonLocal(C), []
+    for module in (block, block.W[1]):
+        module.register_full_backward_hook(lambda *_: seen.append("gradient"))
+        module.register_full_backward_pre_hook(lambda *_: seen.append("gradient"))
+    next(block.parameters()).register_hook(lambda _: seen.append("parameter"))
+    assert visattn.patch_model(block).replaced == [""]
+    assert not seen
+    assert all(parameter.grad is None for parameter in block.parameters())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -53,14 +53,14 @@ class _Outcome(NamedTuple):
     Attributes:
         out: the map, or whatever else is returned; is_pair: whether an attention matrix came with it.
         left: parameters and buffers afterwards.
-        leaves: inputs and parameters, by which the map can be differentiated.
+        gradients: of the sum of the map, each number with a weight of its own, by inputs and parameters.
         attributes: names of those that the pass has set.
     """
 
     out: Any
     is_pair: bool
     left: State
-    leaves: list[Tensor]
+    gradients: list[Tensor]
     attributes: set[str]
 
 
@@ -73,15 +73,23 @@ class _Method(nn.Module):
         self.recipe = recipe
         self.before = before
 
-    def forward(self, *inputs: Tensor) -> tuple[Any, set[str]]:
-        """What the method returns, and the names of the attributes that it sets."""
+    def forward(self, *inputs: Tensor) -> tuple[Any, bool, set[str]]:
+        """The map, or whatever else the method returns; whether a matrix came with it; and the names of the attributes that it sets.
+
+        The map is differentiated here, where the parameters are in their places: checkpoints compute with them once more.
+        """
         before = _attributes(self.block)
         if self.recipe is None:
             result = self.block.forward(*inputs)
         else:
             result = run(self.block, self.recipe, self.before(self.block, *inputs) if self.before else inputs[0], backend="torch")
         after = _attributes(self.block)
-        return result, {name for name, held in after.items() if name not in before or not _are_same(held, before[name])}
+        attributes = {name for name, held in after.items() if name not in before or not _are_same(held, before[name])}
+        is_pair = _is_pair(result, inputs[0].shape[2:].numel())
+        out = result[0] if is_pair else result
+        if isinstance(out, Tensor) and out.requires_grad:
+            out.backward(_normal(out.shape, torch.Generator("cpu").manual_seed(1)))
+        return out, is_pair, attributes
 
 
 def matching_recipe(
@@ -113,7 +121,6 @@ def matching_recipe(
             negative = state | {name: -state[name] for name, _ in original.named_parameters()}
             passes = [_Pass(small, state, True), _Pass(small, negative, False), _Pass(large, state, False, differentiated=False)]
             expected = [_outcome(original, one) for one in passes]
-            gradients = [_gradients(outcome) for outcome in expected]
         except Exception as error:
             raise Unsuitable(f"it does not run on a map alone, forward and back: {type(error).__name__}: {error}") from error
         if len({outcome.is_pair for outcome in expected}) > 1:
@@ -122,7 +129,7 @@ def matching_recipe(
             raise Unsuitable("it returns its map as it is, whatever its parameters are, so that no attention shows")
         for recipe in recipes:
             method = _Method(block, recipe, before)
-            differences = (_difference(method, *compared) for compared in zip(passes, expected, gradients, strict=True))
+            differences = (_difference(method, one, outcome) for one, outcome in zip(passes, expected, strict=True))
             found = next((difference for difference in differences if not difference <= TOLERANCE), None)
             if found is None:
                 return recipe._replace(returns_pair=expected[0].is_pair)
@@ -143,7 +150,8 @@ def _left_as_it_was(block: nn.Module) -> Iterator[None]:
         for module in block.modules():
             makers = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, MAKERS_OF_WEIGHTS)}
             copies = {name: _copied(held) for name, held in module.__dict__.items() if isinstance(held, Tensor)}
-            module.__dict__.update(copies, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict(makers))
+            none: dict[str, Any] = {name: OrderedDict() for name in ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")}
+            module.__dict__.update(copies, **none, _forward_pre_hooks=OrderedDict(makers))
         yield
     finally:
         for container, contents in before:
@@ -210,7 +218,7 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _call(method: _Method, state: State, inputs: Inputs, training: bool) -> tuple[Any, set[str]]:
+def _call(method: _Method, state: State, inputs: Inputs, training: bool) -> tuple[Any, bool, set[str]]:
     """What the method returns with `state` for parameters and buffers, which it may change."""
     torch.default_generator.manual_seed(0)
     method.block.train(training)
@@ -223,21 +231,12 @@ def _outcome(method: _Method, one: _Pass) -> _Outcome:
     parameters = {name: one.state[name].detach().clone().requires_grad_() for name, _ in method.named_parameters()}
     left = {name: tensor.clone() for name, tensor in (one.state | parameters).items()}
     with torch.set_grad_enabled(one.differentiated):
-        result, attributes = _call(method, left, tuple(inputs), one.training)
-    is_pair = _is_pair(result, inputs[0].shape[2:].numel())
-    return _Outcome(result[0] if is_pair else result, is_pair, left, [*inputs, *parameters.values()], attributes)
+        out, is_pair, attributes = _call(method, left, tuple(inputs), one.training)
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (*inputs, *parameters.values())]
+    return _Outcome(out, is_pair, left, gradients, attributes)
 
 
-def _gradients(outcome: _Outcome) -> list[Tensor]:
-    """Of the sum of the map, each number with a weight of its own, by inputs and parameters."""
-    out = outcome.out
-    if not isinstance(out, Tensor) or not out.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in outcome.leaves]
-    weights = _normal(out.shape, torch.Generator("cpu").manual_seed(1))
-    return list(torch.autograd.grad(out, outcome.leaves, weights, allow_unused=True, materialize_grads=True))
-
-
-def _difference(method: _Method, one: _Pass, expected: _Outcome, gradients: list[Tensor]) -> float:
+def _difference(method: _Method, one: _Pass, expected: _Outcome) -> float:
     """How far the method is from the expected outcome, relative to its branch; infinite where that cannot be said.
 
     Raises:
@@ -256,11 +255,11 @@ def _difference(method: _Method, one: _Pass, expected: _Outcome, gradients: list
     triples += [(found.left[name], tensor, tensor) for name, tensor in expected.left.items() if tensor.is_floating_point()]
     difference = max(_relative(*triple) for triple in triples)
     if difference <= TOLERANCE:
-        _check_what_else(found, expected, gradients)
+        _check_what_else(found, expected)
     return difference
 
 
-def _check_what_else(found: _Outcome, expected: _Outcome, gradients: list[Tensor]) -> None:
+def _check_what_else(found: _Outcome, expected: _Outcome) -> None:
     """Raises Unsuitable if the block sets attributes that would not be set any more, or has another gradient.
 
     Gradients that are zero but for rounding, such as that of the keys' bias, are judged by the largest.
@@ -268,8 +267,8 @@ def _check_what_else(found: _Outcome, expected: _Outcome, gradients: list[Tensor
     forgotten = expected.attributes - found.attributes
     if forgotten:
         raise Unsuitable(f"its forward method sets {', '.join(sorted(forgotten))}, which would not be set any more")
-    largest = max(float(gradient.norm()) for gradient in gradients)
-    pairs = zip(_gradients(found), gradients, strict=True)
+    largest = max(float(gradient.norm()) for gradient in expected.gradients)
+    pairs = zip(found.gradients, expected.gradients, strict=True)
     if not all(_relative(mine, wanted, wanted, 0.01 * largest) <= TOLERANCE for mine, wanted in pairs):
         raise Unsuitable(
             "it has another gradient: forward it computes what is known here, backward it does not, as where a part is detached"
