@@ -194,6 +194,16 @@ def test_forward_hooks_never_run():
     assert torch.equal(layer(x), expected)
 
 
+def test_a_pruned_norm_is_read_as_it_is_now():
+    layer, x = visattn.SelfAttention2d(4, norm_groups=2), torch.randn(1, 4, 3, 3)
+    plain = copy.deepcopy(layer)
+    prune.l1_unstructured(layer.norm, "weight", 0.5)
+    with torch.no_grad():
+        layer.norm.weight_orig.mul_(3)
+        plain.norm.weight.mul_(3 * layer.norm.weight_mask)
+    assert torch.equal(layer(x), plain(x))
+
+
 def test_factory_arguments():
     layer = visattn.Attention(4, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}

@@ -212,7 +212,12 @@ class SelfAttention2d(AttentionLayer):
         return ", ".join(f"{name}={value}" for name, value in different.items())
 
     def _group_norm(self) -> GroupNorm | None:
-        return None if self.norm is None else GroupNorm(self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+        norm = self.norm
+        if norm is None:
+            return None
+        if norm._forward_pre_hooks:
+            projections.run_pre_hooks(norm, "norm")
+        return GroupNorm(norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 class ChannelAttention(_ThreeConvolutions):
