@@ -50,10 +50,10 @@ def test_results_lie_as_the_map_does(channels_last):
 def test_one_kernel_ends_the_block():
     problem = make_problem(BLOCKS["all of it"], torch.float32, size=(3, 5)).to(PLACE)
     with use_backend("triton"), mock.patch.object(kernels, "output_projection", wraps=kernels.output_projection) as ended:
-        with mock.patch.object(block, "conv2d") as convolution:
+        with mock.patch.object(block, "projected_branch") as step:
             problem.call(functional.self_attention_2d, problem.leaves()).sum().backward()
         assert ended.call_count == 1
-        assert not convolution.called
+        assert not step.called
 
 
 def test_wider_maps_take_steps():
