@@ -16,7 +16,7 @@ SIZES = {
     "even": (4, 6, 2),
     "rows and columns over the edge": (5, 7, 2),
     "windows of three": (9, 11, 3),
-    "one window, larger than half the map": (5, 7, 5),
+    "one window, larger than half the map": (3, 5, 3),
     "one line": (1, 9, 1),
     "several tiles": (66, 67, 2),
 }
