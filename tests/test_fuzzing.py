@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 from visattn.kernels import block_sizes
 
+from visattn import reference
+
 from .conftest import INTERPRETING
 from .reliability import fuzzing
 from .reliability.fuzzing import Case, cases, fuzz
@@ -83,6 +85,23 @@ def test_known_wrong_blocks_are_found(fault):
         return out if residual else out - arguments["res_scale"] * arguments["x"]
 
     assert bool(fuzz(3, SEED, function, cases().map(everything)).mismatches) == bool(fault)
+
+
+class TestBeyondEager:
+    """The gradient of two nearly equal channels through their common norm: eager leaves the range of fp16, which the right one does not."""
+
+    case = Case(
+        maps=1, channels=10, height=1, width=366, qk_channels=1, value_channels=None, num_heads=1, pool=1, groups=5, affine=True,
+        biases=("b_k", "b_v"), gamma=True, convolutions=True, scale=0.0, residual=False, res_scale=1.0, normalize="keys", dtype="float16",
+        layout="one_column_for_all", gradient_layout="one_column_for_all", regime="uniform", mean=3.0, spoiled=False, wanted=("x",),
+        backend="torch", seed=366,
+    )  # fmt: skip
+
+    def test_what_is_finite_is_right(self):
+        assert not fuzzing.judge(self.case)
+
+    def test_what_is_not_is_wrong(self):
+        assert any("NaN or Inf" in complaint for complaint in fuzzing.judge(self.case, reference.self_attention_2d))
 
 
 def test_cases_survive_the_command_line():

@@ -283,7 +283,8 @@ def _complaints_of_residual(case: Case, whole: Results, branch: Results) -> list
 def _complaints(case: Case, results: list[Results], problems: list[Problem], second_opinion: bool = False) -> list[str]:
     """Those of the gates; as a second opinion, against the larger loss of eager's and that of the exact formula of moved inputs.
 
-    Where the maximum of a window is undecided, so is who gets its gradient: judged is the output.
+    Where the maximum of a window is undecided, so is who gets its gradient: judged is the output. Where eager leaves the range of its
+    dtype and the truth does not, there is nothing to judge by: ours has to be finite.
     """
     truth = stacked([truth_of(reference.self_attention_2d, p) for p in problems])
     eager = stacked([run(reference.self_attention_2d, p) for p in problems])
@@ -297,7 +298,10 @@ def _complaints(case: Case, results: list[Results], problems: list[Problem], sec
         ours = {"out": ours["out"]}
     if case.spoiled:  # eager's gradients of these are NaN as well; here they do not depend on the map, and stay right
         ours = {name: t for name, t in ours.items() if name not in (case.without_effect, "b_v")}
-    return complaints(ours, truth, eager, case.without_effect)
+    beyond = {name for name, t in eager.items() if not t.isfinite().all() and truth[name].to(t.dtype).isfinite().all()}
+    infinite = [f"{name}: NaN or Inf where the truth has none" for name in beyond & set(ours) if not ours[name].isfinite().all()]
+    ours = {name: t for name, t in ours.items() if name not in beyond}
+    return infinite + complaints(ours, truth, eager, case.without_effect)
 
 
 def _moved(problem: Problem, case: Case, seed: int) -> Problem:
