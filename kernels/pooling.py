@@ -22,13 +22,14 @@ def row_of(k_ptr, stride_k, v_ptr, stride_v, row, num_key_rows):
 
 
 @triton.jit
-def window_maxima(row_ptr, offs_y, offs_x, inside, width, POOL: tl.constexpr):
+def window_maxima(row_ptr, offs, windows_across, inside, width, POOL: tl.constexpr):
     """The maxima of windows of POOL × POOL pixels in fp32, and where in a window each lies, row by row: what `torch.max_pool2d` takes.
 
-    offs_y, offs_x: the first pixel of each. A number that is none is the maximum, and of several the last.
+    offs: their numbers, windows_across in each line of windows. A number that is none is the maximum, and of several the last.
     """
-    best = tl.full(offs_x.shape, float("-inf"), tl.float32)
-    chosen = tl.zeros(offs_x.shape, tl.int32)
+    offs_y, offs_x = offs // windows_across * POOL, offs % windows_across * POOL
+    best = tl.full(offs.shape, float("-inf"), tl.float32)
+    chosen = tl.zeros(offs.shape, tl.int32)
     for pixel in range(POOL * POOL):
         offsets = (offs_y + pixel // POOL).to(tl.int64) * width + offs_x + pixel % POOL
         candidate = tl.load(row_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -57,7 +58,7 @@ def max_pool_kernel(
     for start in range(0, num_windows, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         inside = offs < num_windows
-        best, _ = window_maxima(row_ptr, offs // windows_across * POOL, offs % windows_across * POOL, inside, width, POOL)
+        best, _ = window_maxima(row_ptr, offs, windows_across, inside, width, POOL)
         total += tl.where(inside, best, 0.0)
     mean = tl.sum(total, 0) / num_windows
 
@@ -65,7 +66,7 @@ def max_pool_kernel(
     for start in range(0, num_windows, BLOCK):  # the row is in the cache
         offs = start + tl.arange(0, BLOCK)
         inside = offs < num_windows
-        best, _ = window_maxima(row_ptr, offs // windows_across * POOL, offs % windows_across * POOL, inside, width, POOL)
+        best, _ = window_maxima(row_ptr, offs, windows_across, inside, width, POOL)
         tl.store(out_ptr + offs, (best - mean).to(out_ptr.dtype.element_ty), mask=inside)
     if row >= num_key_rows:
         value_row = row - num_key_rows
@@ -90,14 +91,13 @@ def max_pool_backward_kernel(
     offs = tile * BLOCK + tl.arange(0, BLOCK)
     down, across = offs // all_across, offs % all_across
     pooled = (offs < num_windows) & (down < windows_down) & (across < windows_across)
-    offs_y, offs_x = down * POOL, across * POOL
-    _, chosen = window_maxima(row_of(k_ptr, stride_k, v_ptr, stride_v, row, num_key_rows), offs_y, offs_x, pooled, width, POOL)
+    _, chosen = window_maxima(row_of(k_ptr, stride_k, v_ptr, stride_v, row, num_key_rows), offs, all_across, pooled, width, POOL)
 
     d_pooled_ptr = row_of(d_pooled_k_ptr, stride_gk, d_pooled_v_ptr, stride_gv, row, num_key_rows)
     d_pooled = tl.load(d_pooled_ptr + down * windows_across + across, mask=pooled, other=0.0).to(tl.float32)
     d_ptr = row_of(d_k_ptr, stride_dk, d_v_ptr, stride_dv, row, num_key_rows)
     for pixel in range(POOL * POOL):
-        y, x = offs_y + pixel // POOL, offs_x + pixel % POOL
+        y, x = down * POOL + pixel // POOL, across * POOL + pixel % POOL
         d = tl.where(chosen == pixel, d_pooled, 0.0).to(d_ptr.dtype.element_ty)
         tl.store(d_ptr + y.to(tl.int64) * width + x, d, mask=(offs < num_windows) & (y < height) & (x < width))
 

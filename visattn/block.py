@@ -4,7 +4,7 @@ The block is `res_scale · (x + γ (W_o Attention(q, k, v) + b_o))` with `q = W_
 `v = pool(W_v h + b_v)` and h the normalised map. It takes one of two forms. "folded": one head attends to every pixel, so that
 neither keys nor values need exist, and `W_o W_v` and `W_o b_v + b_o` serve the plain layer as the weights of its values.
 "projected": queries, keys and values exist, and attention runs on them as tokens (projected_tokens.py). As steps, the projections
-are ordinary convolutions, which autograd derives.
+are ordinary products, which autograd derives.
 """
 
 from collections.abc import Callable

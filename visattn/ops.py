@@ -1,8 +1,8 @@
 """The same steps as autograd.py as torch.library ops, for torch.compile and torch.export, which cannot look into a launch.
 
 `visattn::self_attention_2d_backward` is the derivative of `visattn::self_attention_2d`, and has one of its own; so is and has
-`visattn::token_attention_backward`. An op returns
-tensors only, so what is not needed is an empty tensor here where eager has None.
+`visattn::token_attention_backward`. An op returns tensors only: what is not needed is an empty tensor here where eager has None, or zeros
+where only the number of pixels says so.
 """
 
 import functools

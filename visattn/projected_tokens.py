@@ -41,7 +41,7 @@ def implementation() -> ModuleType:
 
 
 def _in_steps(h: Tensor, weights: block.Weights, num_heads: int, pool: int, scale: float, backend: str) -> Tensor:
-    """The same by convolutions, pooling and attention on tokens, which is an op where a call is recorded."""
+    """The same by products, pooling and attention on tokens, which is an op where a call is recorded."""
     q, k, v = block.queries_keys_values(h, weights, num_heads, pool)
     if is_recorded(backend, q, k, v):
         from . import ops
